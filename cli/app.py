@@ -1,0 +1,38 @@
+"""The `routesae` command. Each command lives in a file of its own, heavy imports inside it."""
+
+from __future__ import annotations
+
+import typer
+
+from cli.console import handled
+from cli.evaluate import evaluate
+from cli.harvest import harvest
+from cli.store import info, recode, verify
+from cli.train import train
+
+app = typer.Typer(
+    name="routesae",
+    help="Run a language model once, keep its residuals on disk, train sparse autoencoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+store = typer.Typer(help="Look at, check and convert activation stores.", no_args_is_help=True)
+
+app.command("harvest")(handled(harvest))
+app.command("train")(handled(train))
+app.command("evaluate")(handled(evaluate))
+store.command("info")(handled(info))
+store.command("verify")(handled(verify))
+store.command("recode")(handled(recode))
+app.add_typer(store, name="store")
+
+
+def main() -> None:
+    """Entry point of the `routesae` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

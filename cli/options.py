@@ -1,0 +1,53 @@
+"""Options that several commands have, and what they mean together."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from stores.codecs import ResidualCodec
+
+
+class CodecKind(StrEnum):
+    """The store's codecs; which one does what is in docs/STORE_FORMAT.md."""
+
+    bf16 = "bf16"
+    int8 = "int8"
+    delta = "delta"
+
+
+StoreArgument = Annotated[Path, typer.Argument(help="An activation store.", metavar="STORE")]
+Codec = Annotated[CodecKind, typer.Option(help="How residuals are compressed.")]
+Step = Annotated[
+    float | None,
+    typer.Option(help="delta: quantisation step in standard deviations  [default: 0.2]"),
+]
+KeyframeEvery = Annotated[
+    int | None,
+    typer.Option(help="delta: layers between keyframes; 0: the first alone  [default: 0]"),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+
+
+def build_codec(kind: CodecKind, step: float | None, keyframe_every: int | None) -> ResidualCodec:
+    """The codec that the options describe; ValueError for options of another codec."""
+    from stores.codecs import codec_from_dict
+
+    given = {"step": step, "keyframe_every": keyframe_every}
+    parameters = {name: value for name, value in given.items() if value is not None}
+    if parameters and kind is not CodecKind.delta:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in parameters)
+        raise ValueError(f"{names} belongs to --codec delta, not to {kind.value}; leave it out")
+    return codec_from_dict({"kind": kind.value, **parameters})
+
+
+def pick_device(name: str) -> str:
+    """A torch device's name; ValueError where it cannot be used here."""
+    from routesae_cache.devices import resolve_device
+
+    return resolve_device(name)

@@ -1,0 +1,122 @@
+"""`routesae store`: info, verify, recode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cli.console import bar, err, layer_list, layer_name, out, size
+from cli.options import Codec, CodecKind, KeyframeEvery, Step, StoreArgument, build_codec
+
+if TYPE_CHECKING:
+    from stores.reader import StoreReader
+
+
+def info(
+    store: StoreArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a store, how big it is, what its codec loses and where it came from."""
+    from stores.reader import StoreReader
+
+    facts = _facts(StoreReader(store))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    spec = facts["spec"]
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    model, text = spec["model"], spec["text"]
+    revision = f", revision {model['revision']}" if model["revision"] else ""
+    bits = facts["bits_per_value"]
+    for name, value in (
+        ("model", f"{model['name']} ({model['dtype']}{revision}), weights {model['weights'][:12]}"),
+        ("text", f"{text['dataset']}, {spec['packing']}, seed {text['seed']}"),
+        ("layers", f"{layer_list(tuple(spec['layers']))} of 0-{spec['n_blocks']}"),
+        ("width", f"{spec['width']}"),
+        ("rows", f"{facts['rows']:,} of {spec['context']} tokens"),
+        ("tokens", f"{spec['train_tokens']:,} train, {spec['eval_tokens']:,} eval"),
+        ("committed", f"{facts['committed_chunks']} of {facts['chunks']} chunks"),
+        ("codec", f"{spec['codec']}"),
+        ("on disk", size(facts["bytes"])),
+        ("bits a value", f"{bits:.2f}" if bits else "nothing committed yet"),
+    ):
+        table.add_row(name, value)
+    if bits:
+        table.add_row("smaller", f"{16 / bits:.1f}x than bf16, {32 / bits:.1f}x than fp32")
+    out.print(table)
+    layers = Table(title="Codec distortion", title_justify="left")
+    layers.add_column("layer")
+    layers.add_column("NMSE", justify="right")
+    for layer, nmse in zip(spec["layers"], facts["distortion"], strict=True):
+        layers.add_row(layer_name(layer), f"{nmse:.2e}")
+    out.print(layers)
+
+
+def _facts(reader: StoreReader) -> dict[str, Any]:
+    from stores.stats import split_stats, stored_bytes
+
+    spec, stored = reader.spec, stored_bytes(reader.path)
+    chunks = [spec.chunk_range(chunk) for chunk in reader.committed]
+    tokens = sum(part.stop - part.start for part in chunks) * spec.context
+    if tokens and spec.packing == "document":
+        tokens = sum(int(reader.rows(chunk).lengths_R.sum()) for chunk in reader.committed)
+    values = tokens * spec.values_per_token
+    return {
+        "spec": spec.to_dict(),
+        "rows": spec.rows,
+        "chunks": spec.chunks,
+        "committed_chunks": len(reader.committed),
+        "committed_tokens": tokens,
+        "bytes": stored,
+        "bits_per_value": 8 * stored / values if values else None,
+        "distortion": split_stats(reader).distortion_L.tolist(),
+    }
+
+
+def verify(store: StoreArgument) -> None:
+    """Read every committed chunk and check every byte; exit code 1 with a list of what is bad."""
+    from stores.reader import StoreReader
+
+    reader = StoreReader(store)
+    bad = []
+    with bar("Verifying", total=len(reader.committed)) as update:
+        for chunk, fault in reader.verify():
+            if fault is not None:
+                bad.append(fault)
+            update(completed=reader.committed.index(chunk) + 1)
+    missing = reader.spec.chunks - len(reader.committed)
+    if missing:
+        out.print(f"{missing} of {reader.spec.chunks} chunks are not harvested yet.")
+    for fault in bad:
+        err.print(f"bad: chunk {fault.chunk}, array {fault.array}: {fault.reason}", soft_wrap=True)
+    if bad:
+        err.print(f"{store}: {len({f.chunk for f in bad})} of {len(reader.committed)} chunks bad")
+        raise typer.Exit(1)
+    out.print(f"{store}: all {len(reader.committed)} committed chunks are good.")
+
+
+def recode(
+    source: Annotated[Path, typer.Argument(help="Store to read.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Store to make or go on with.", metavar="DST")],
+    codec: Codec = CodecKind.delta,
+    step: Step = None,
+    keyframe_every: KeyframeEvery = None,
+) -> None:
+    """Write a store again in another codec, without the model."""
+    resolved = build_codec(codec, step, keyframe_every)
+    from stores.recode import recode as run_recode
+
+    with bar("Recoding") as update:
+        chunks = run_recode(
+            source,
+            target,
+            resolved,
+            on_chunk=lambda done, total: update(completed=done, total=total),
+        )
+    out.print(f"{chunks} chunks in {target}; look at it: routesae store info {target}")

@@ -1,0 +1,287 @@
+"""Store -> shuffled, decoded, normalised tensors, read and decoded by background threads.
+
+Codes, not residuals, are what is held and shuffled: about one byte a value. Tokens are decoded
+when their batch is put together, straight into its buffer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from routesae_cache.losses import STD_EPS
+from stores.codecs import Codes, Float32
+from stores.reader import StoreReader
+from stores.spec import Split
+
+_DEPTH = 2  # batches decoded ahead of use
+_GROUP_BYTES = 192 << 20  # codes that are shuffled together; two groups are in memory
+_BLOCK_VALUES = 1 << 19  # decoded and normalised while they are in the cache
+
+Norm = Literal["token", "none"]
+
+
+class Batch(NamedTuple):
+    """N tokens; valid until the next batch is asked for."""
+
+    x_NLD: Tensor
+    """float32 on the asked device; the layers as asked."""
+    row_N: Tensor
+    """int64, row of the store."""
+    position_N: Tensor
+    """int64, position in the row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Which tokens to read and in what order."""
+
+    layers: tuple[int, ...]
+    batch_tokens: int
+    split: Split = "train"
+    norm: Norm = "token"
+    shuffle: bool = True
+    seed: int = 42
+    epochs: int = 1
+    drop_last: bool = True
+    """Leave out a last batch that is not full."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1 or self.epochs < 1:
+            raise ValueError(
+                "expected batch tokens and epochs of at least 1, "
+                f"found {self.batch_tokens} and {self.epochs}"
+            )
+
+
+class _Group(NamedTuple):
+    """Some chunks' counted tokens, in the order in which they are to be read."""
+
+    codes: list[Codes]
+    """One entry a chunk."""
+    chunk_N: NDArray[np.int64]
+    """Index into `codes`."""
+    token_N: NDArray[np.int64]
+    """Index into a chunk's tokens."""
+    row_N: NDArray[np.int64]
+    position_N: NDArray[np.int64]
+
+
+class BatchSource:
+    """The batches of a split of a store; every call of `batches` gives the same ones.
+
+    Padding and the first token of each row are left out. Memory does not grow with the store.
+    """
+
+    def __init__(self, reader: StoreReader, config: BatchConfig) -> None:
+        """IncompleteStoreError where chunks are missing; ValueError for layers there are not."""
+        self._reader, self._config = reader, config
+        self._wanted = reader.spec.positions(config.layers)
+        self._positions = reader.spec.codec.required(self._wanted)
+        self._chunks = reader.chunks(config.split)
+        self._counts = {chunk: self._count(chunk) for chunk in self._chunks}
+        self.tokens = sum(self._counts.values()) * config.epochs
+        """Tokens over all epochs."""
+        if not self.tokens:
+            raise ValueError(f"{reader.path}: the {config.split} split has no tokens")
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.tokens, self._config.batch_tokens)
+        return full + (rest > 0 and not self._config.drop_last)
+
+    @contextmanager
+    def batches(self, start: int = 0) -> Generator[Iterator[Batch]]:
+        """Batches from number `start` on, made in the background while the block is open."""
+        ring = [self._buffer() for _ in range(_DEPTH + 2)]
+        with _in_background(self._produce(start, ring), _DEPTH) as produced:
+            yield (self._to_device(batch) for batch in produced)
+
+    def _count(self, chunk: int) -> int:
+        spec = self._reader.spec
+        part = spec.chunk_range(chunk)
+        n_rows: int = part.stop - part.start
+        if spec.packing == "joined" and chunk < spec.chunks - 1:
+            return n_rows * (spec.context - 1)
+        return int(self._reader.rows(chunk).counted_RT().sum())
+
+    def _buffer(self) -> Float32:
+        shape = (self._config.batch_tokens, len(self._wanted), self._reader.spec.width)
+        return np.empty(shape, np.float32)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self._config.device == "cpu":
+            return batch
+        return Batch(*(part.to(self._config.device) for part in batch))
+
+    def _plan(self) -> Iterator[tuple[NDArray[np.int64], np.random.Generator]]:
+        """Chunks of each group, and what permutes its tokens."""
+        spec, config = self._reader.spec, self._config
+        per_token = sum(
+            (a.per_token or 1) * np.dtype(a.dtype).itemsize for a in spec.codec.layout(spec.width)
+        )
+        chunk_bytes = spec.chunk_rows * spec.context * per_token * len(self._positions)
+        size = max(1, _GROUP_BYTES // chunk_bytes)
+        for epoch in range(config.epochs):
+            rng = np.random.default_rng([config.seed, epoch])
+            order = np.array(self._chunks, np.int64)
+            if config.shuffle:
+                rng.shuffle(order)
+            for first in range(0, len(order), size):
+                group_rng = np.random.default_rng([config.seed, epoch, first])
+                yield order[first : first + size], group_rng
+
+    def _groups(self, skip_tokens: int) -> Iterator[tuple[_Group, int]]:
+        """Groups and the index of the first token to use; one is read ahead of the one in use."""
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+            ahead: Future[_Group] | None = None
+            ahead_start = 0
+            for chunks, rng in self._plan():
+                size = sum(self._counts[int(chunk)] for chunk in chunks)
+                if skip_tokens >= size:
+                    skip_tokens -= size
+                    continue
+                following = pool.submit(self._load, chunks, rng)
+                if ahead is not None:
+                    yield ahead.result(), ahead_start
+                ahead, ahead_start, skip_tokens = following, skip_tokens, 0
+            if ahead is not None:
+                yield ahead.result(), ahead_start
+
+    def _load(self, chunks: NDArray[np.int64], rng: np.random.Generator) -> _Group:
+        codes, parts = [], []
+        for index, chunk in enumerate(map(int, chunks)):
+            first_row = self._reader.spec.chunk_range(chunk).start
+            counted_RT = self._reader.rows(chunk).counted_RT()
+            row_N, position_N = np.nonzero(counted_RT)
+            token_N = np.flatnonzero(counted_RT)
+            parts.append((np.full_like(token_N, index), token_N, row_N + first_row, position_N))
+            codes.append(self._reader.codes(chunk, self._positions))
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        if self._config.shuffle:
+            order = rng.permutation(len(columns[0]))
+            columns = [column[order] for column in columns]
+        return _Group(codes, *columns)
+
+    def _produce(self, start: int, ring: list[Float32]) -> Iterator[Batch]:
+        size, number = self._config.batch_tokens, start
+        filled = 0
+        row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
+        for group, first in self._groups(start * size):
+            while first < len(group.row_N):
+                taken = slice(first, min(first + size - filled, len(group.row_N)))
+                n_taken = taken.stop - taken.start
+                target = slice(filled, filled + n_taken)
+                self._decode(group, taken, ring[number % len(ring)][target])
+                row_N[target], position_N[target] = group.row_N[taken], group.position_N[taken]
+                first, filled = taken.stop, target.stop
+                if filled == size:
+                    yield _batch(ring[number % len(ring)], row_N, position_N)
+                    row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
+                    number, filled = number + 1, 0
+        if filled and not self._config.drop_last:
+            part = slice(filled)
+            yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])
+
+    def _decode(self, group: _Group, taken: slice, out_NLD: Float32) -> None:
+        codec, spec = self._reader.spec.codec, self._reader.spec
+        block = max(1, _BLOCK_VALUES // (len(self._positions) * spec.width))
+        for start in range(0, len(out_NLD), block):
+            part = slice(start, min(start + block, len(out_NLD)))
+            at = slice(taken.start + part.start, taken.start + part.stop)
+            codes = _gather(group.codes, group.chunk_N[at], group.token_N[at])
+            codec.decode(codes, self._positions, self._wanted, out_NLD[part])
+            if self._config.norm == "token":
+                _normalise_in_place(out_NLD[part])
+
+
+def _gather(chunks: list[Codes], chunk_N: NDArray[np.int64], token_N: NDArray[np.int64]) -> Codes:
+    if len(chunks) == 1:
+        return {name: np.take(values, token_N, axis=0) for name, values in chunks[0].items()}
+    gathered = {
+        name: np.empty((len(token_N), *values.shape[1:]), values.dtype)
+        for name, values in chunks[0].items()
+    }
+    for index, codes in enumerate(chunks):
+        mine = np.flatnonzero(chunk_N == index)
+        for name, values in codes.items():
+            gathered[name][mine] = values[token_N[mine]]
+    return gathered
+
+
+def _normalise_in_place(x_NLD: Float32) -> None:
+    """`losses.normalise_token`, on a block that is still in the cache."""
+    width = x_NLD.shape[-1]
+    x_NLD -= (x_NLD @ np.ones(width, np.float32) / np.float32(width))[..., None]
+    std_NL = np.sqrt(np.vecdot(x_NLD, x_NLD) / np.float32(width - 1))
+    x_NLD *= np.reciprocal(std_NL + np.float32(STD_EPS))[..., None]
+
+
+def _batch(x_NLD: Float32, row_N: NDArray[np.int64], position_N: NDArray[np.int64]) -> Batch:
+    return Batch(*(torch.from_numpy(part) for part in (x_NLD, row_N, position_N)))
+
+
+@contextmanager
+def _in_background(produced: Iterator[Batch], depth: int) -> Generator[Iterator[Batch]]:
+    """Run an iterator in a thread, `depth` items ahead; its error is raised where it is used."""
+    items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                items.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for batch in produced:
+                put(batch)
+                if stopped.is_set():
+                    break
+            put(None)
+        except BaseException as error:  # handed over to the user's thread
+            put(error)
+        finally:
+            if isinstance(produced, Generator):
+                produced.close()
+
+    def consume() -> Iterator[Batch]:
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def first_tokens(
+    reader: StoreReader, layers: Sequence[int], split: Split, count: int, *, norm: Norm, seed: int
+) -> Tensor:
+    """A sample of about `count` tokens of a split, drawn as training would, shape (N, L, D)."""
+    config = BatchConfig(
+        layers=tuple(layers),
+        batch_tokens=count,
+        split=split,
+        norm=norm,
+        seed=seed,
+        drop_last=False,
+    )
+    with BatchSource(reader, config).batches() as batches:
+        return next(batches).x_NLD.clone()

@@ -1,0 +1,188 @@
+"""A run's directory: `config.json`, `metrics.jsonl`, `sae.safetensors`, and what resumes it.
+
+`sae.safetensors` appears when the run has ended, `checkpoint.safetensors` is there until then,
+and `failed.json` says why a run was given up. Files appear whole: temporary file, then rename.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from routesae_cache.saes.config import SaeConfig
+from routesae_cache.saes.registry import build_sae
+from routesae_cache.saes.sae import Sae
+
+CONFIG, METRICS, FAILED = "config.json", "metrics.jsonl", "failed.json"
+WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.safetensors"
+
+
+class RunError(ValueError):
+    """A run's directory does not hold what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything needed to rebuild a run's SAE and to know what it was trained on."""
+
+    name: str
+    """Of the run and its directory."""
+    sae: SaeConfig
+    width: int
+    seed: int
+    lr: float
+    batch_tokens: int
+    total_steps: int
+    epochs: int
+    store: str
+    """Path as it was given."""
+    store_spec: dict[str, Any]
+    """The store's description at the time."""
+    mean_square: float
+    """Of the residuals' elements, over the store's train split and the SAE's layers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return values | {"sae": self.sae.to_dict()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> RunConfig:
+        """The configuration that `to_dict` wrote; RunError names odd keys."""
+        if not isinstance(record, Mapping):
+            raise RunError(f"expected a JSON object, found {type(record).__name__}")
+        if odd := sorted({f.name for f in dataclasses.fields(cls)} ^ set(record)):
+            raise RunError(f"missing or unknown keys: {', '.join(odd)}")
+        try:
+            return cls(**{**record, "sae": SaeConfig.from_dict(record["sae"])})
+        except (TypeError, AttributeError, ValueError) as error:
+            raise RunError(str(error)) from error
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """What `other` has otherwise, a line each; where the store lies does not count."""
+        mine, theirs = (_flat(c.to_dict(), skip=("store",)) for c in (self, other))
+        return [
+            f"{key}: the run has {mine.get(key)!r}, asked for {theirs.get(key)!r}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole."""
+    temporary = path.with_suffix(path.suffix + ".partial")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def read_config(run: Path) -> RunConfig:
+    """The configuration of a run; RunError where there is none or it cannot be read."""
+    path = run / CONFIG
+    try:
+        return RunConfig.from_dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(
+            f"{run}: expected a run of `routesae train`, found no {CONFIG} there"
+        ) from None
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def save_weights(run: Path, sae: Sae) -> None:
+    """Write the finished SAE and drop its checkpoint."""
+    _save(run / WEIGHTS, sae.state_dict())
+    (run / CHECKPOINT).unlink(missing_ok=True)
+
+
+def load_run(run: Path, device: str = "cpu") -> tuple[Sae, RunConfig]:
+    """A finished run's SAE, in evaluation mode; RunError names what is missing or mis-shaped."""
+    config = read_config(run)
+    if not (run / WEIGHTS).exists():
+        raise RunError(f"{run}: the run has not ended; `routesae train --resume` goes on with it")
+    sae = build_sae(config.sae, config.width, config.seed)
+    load_strictly(sae, _load(run / WEIGHTS), run / WEIGHTS)
+    return sae.to(device).eval(), config
+
+
+def save_checkpoint(run: Path, sae: Sae, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write what `load_checkpoint` needs to go on after `step` steps."""
+    tensors = {f"sae.{name}": value for name, value in sae.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    _save(run / CHECKPOINT, tensors, {"step": str(step)})
+
+
+def load_checkpoint(run: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> int:
+    """Restore an SAE and its optimiser; returns the steps taken, 0 where there is no checkpoint."""
+    path = run / CHECKPOINT
+    if not path.exists():
+        return 0
+    tensors = _load(path)
+    prefix = "sae."
+    load_strictly(
+        sae, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path
+    )
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+def load_strictly(sae: Sae, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load tensors by name; RunError lists every one that is missing, extra or mis-shaped."""
+    expected = sae.state_dict()
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    faults += [f"{name} is not known" for name in sorted(tensors.keys() - expected.keys())]
+    for name in sorted(expected.keys() & tensors.keys()):
+        want, found = expected[name], tensors[name]
+        if want.shape != found.shape or want.dtype != found.dtype:
+            faults.append(
+                f"{name}: expected {want.dtype} {tuple(want.shape)}, "
+                f"found {found.dtype} {tuple(found.shape)}"
+            )
+    if faults:
+        raise RunError(f"{path} does not fit the run's {CONFIG}: " + "; ".join(faults))
+    sae.load_state_dict(dict(tensors))
+
+
+def _save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    temporary = path.with_suffix(".partial")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    temporary.replace(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def _flat(
+    record: Mapping[str, Any], skip: tuple[str, ...] = (), prefix: str = ""
+) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if key in skip:
+            continue
+        if isinstance(value, Mapping):
+            flat |= _flat(value, (), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,166 @@
+"""Losses, each as published, and the normalisation of residuals that comes before them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+STD_EPS = 1e-6
+ENERGY_EPS = 1e-12
+"""Keeps an all-zero target from dividing by zero."""
+
+
+class Normalised(NamedTuple):
+    """Residuals after the per-token normalisation, and what undoes it."""
+
+    x: Tensor
+    """(..., D), mean 0 and standard deviation 1 over D."""
+    mean: Tensor
+    """(..., 1)."""
+    std: Tensor
+    """(..., 1), with the epsilon already added."""
+
+
+def normalise_token(x: Tensor) -> Normalised:
+    """(x − mean_D x) / (std_D x + 1e-6) per token and layer, as in the RouteSAE authors' code.
+
+    Args:
+        x: (..., D), D at least 2. The standard deviation has D − 1 in its denominator.
+    """
+    std, mean = torch.std_mean(x, dim=-1, keepdim=True)
+    std = std + STD_EPS
+    return Normalised((x - mean) / std, mean, std)
+
+
+def denormalise_token(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Undo `normalise_token`."""
+    return x * std + mean
+
+
+def normalise_scalar(x: Tensor, mean_square: float) -> Tensor:
+    """Divide by one factor for the data set, so that the mean square of an element becomes 1.
+
+    Args:
+        mean_square: of the elements, over the data set, from the store's statistics.
+    """
+    return x / math.sqrt(mean_square)
+
+
+def denormalise_scalar(x: Tensor, mean_square: float) -> Tensor:
+    """Undo `normalise_scalar`."""
+    return x * math.sqrt(mean_square)
+
+
+def nmse(reconstruction_MD: Tensor, target_MD: Tensor) -> Tensor:
+    """mean_D (x̂ − x)² / mean_D x² of each vector, differentiable in both.
+
+    Sums over vectors are left to the caller: add, count, divide once.
+    """
+    return cast(Tensor, _Nmse.apply(reconstruction_MD, target_MD))  # type: ignore[no-untyped-call]
+
+
+class _Nmse(torch.autograd.Function):
+    """One pass over (M, D) in each direction, where autograd alone makes six."""
+
+    @staticmethod
+    def forward(ctx: Any, reconstruction_MD: Tensor, target_MD: Tensor) -> Tensor:
+        error_MD = reconstruction_MD - target_MD
+        energy_M = torch.linalg.vecdot(target_MD, target_MD).clamp_min(ENERGY_EPS)
+        nmse_M: Tensor = torch.linalg.vecdot(error_MD, error_MD) / energy_M
+        ctx.save_for_backward(error_MD, energy_M, nmse_M, target_MD)
+        return nmse_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, Tensor | None]:
+        error_MD, energy_M, nmse_M, target_MD = ctx.saved_tensors
+        scale_M = 2 * grad_M / energy_M
+        grad_MD = error_MD * scale_M[:, None]
+        if not ctx.needs_input_grad[1]:
+            return grad_MD, None
+        return grad_MD, -(grad_MD + target_MD * (scale_M * nmse_M)[:, None])
+
+
+def score_term(nmse_M: Tensor, log_probability_M: Tensor) -> Tensor:
+    """A term of value 0 whose gradient is that of the expected NMSE in the sampling distribution.
+
+    The score function with the batch's mean as baseline (Williams 1992, REINFORCE): choices that
+    did better than the average become more likely.
+
+    Args:
+        log_probability_M: of the sampled choice that led to each NMSE, differentiable.
+    """
+    advantage_M = (nmse_M - nmse_M.mean()).detach()
+    surrogate = (advantage_M * log_probability_M).mean()
+    return surrogate - surrogate.detach()
+
+
+def mean_l1(value_MF: Tensor) -> Tensor:
+    """mean |z| over vectors and latents (RouteSAE's Vanilla, Gated and Crosscoder)."""
+    return value_MF.abs().mean()
+
+
+class JumpReLU(torch.autograd.Function):
+    """u · 1[u > θ], with the rectangle-kernel pseudo-derivative in θ (Rajamanoharan et al. 2024,
+    "Jumping Ahead", eq. 11): −(θ/ε) K((u − θ)/ε)."""
+
+    @staticmethod
+    def forward(ctx: Any, pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_MF, threshold_F)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre_MF > threshold_F, pre_MF, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre_MF, threshold_F = ctx.saved_tensors
+        grad_pre_MF = torch.where(pre_MF > threshold_F, grad_MF, 0.0)
+        near_MF = (pre_MF - threshold_F).abs() < ctx.bandwidth / 2
+        summed_F = torch.where(near_MF, grad_MF, 0.0).sum(0)
+        return grad_pre_MF, -threshold_F / ctx.bandwidth * summed_F, None
+
+
+class StepL0(torch.autograd.Function):
+    """Mean over vectors of the number of pre-activations above θ; the gradient reaches θ alone
+    (Rajamanoharan et al. 2024, eq. 12): −(1/ε) K((u − θ)/ε). Taken from the pre-activations, where
+    the RouteSAE authors take it from latents already cut at θ."""
+
+    @staticmethod
+    def forward(ctx: Any, pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_MF, threshold_F)
+        ctx.bandwidth = bandwidth
+        return (pre_MF > threshold_F).sum().to(pre_MF.dtype) / pre_MF.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        pre_MF, threshold_F = ctx.saved_tensors
+        near_MF = (pre_MF - threshold_F).abs() < ctx.bandwidth / 2
+        count_F = near_MF.sum(0).to(grad.dtype)
+        return None, -grad * count_F / (ctx.bandwidth * pre_MF.shape[0]), None
+
+
+def jumprelu(pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+    """See `JumpReLU`."""
+    return cast(Tensor, JumpReLU.apply(pre_MF, threshold_F, bandwidth))  # type: ignore[no-untyped-call]
+
+
+def step_l0(pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+    """See `StepL0`."""
+    return cast(Tensor, StepL0.apply(pre_MF, threshold_F, bandwidth))  # type: ignore[no-untyped-call]
+
+
+def geometric_median(vectors_MD: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """The point with the least summed distance to the vectors, by Weiszfeld's iteration.
+
+    Args:
+        tolerance: stop when a step moves by less than this share of the point's norm.
+    """
+    point_D = vectors_MD.mean(0)
+    for _ in range(iterations):
+        weight_M = 1 / (vectors_MD - point_D).norm(dim=-1).clamp_min(ENERGY_EPS)
+        moved_D = weight_M @ vectors_MD / weight_M.sum()
+        step, point_D = (moved_D - point_D).norm(), moved_D
+        if step <= tolerance * point_D.norm():
+            break
+    return point_D

@@ -1,0 +1,76 @@
+"""Everything that can be wrong with a store, by name. All are ValueErrors: a user can mend them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class StoreError(ValueError):
+    """Something is wrong with a store; the message says what was expected and what to do."""
+
+
+class NotAStoreError(StoreError):
+    """The path holds no store, or one whose description cannot be read."""
+
+
+class NewerFormatError(StoreError):
+    """The store was written by a later version of this package."""
+
+    def __init__(self, path: Path, found: int, known: int) -> None:
+        super().__init__(
+            f"{path}: store format {found} is newer than format {known}, the latest known here; "
+            "upgrade routesae-cache"
+        )
+
+
+class SpecMismatchError(StoreError):
+    """The store holds something other than what was asked for."""
+
+    def __init__(self, path: Path, differences: Sequence[str]) -> None:
+        super().__init__(
+            f"{path} was harvested with other settings:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nRepeat the settings of the store, or choose another output path."
+        )
+
+
+class IncompleteStoreError(StoreError):
+    """Chunks that are needed were never committed."""
+
+    def __init__(self, path: Path, missing: int, total: int, split: str) -> None:
+        super().__init__(
+            f"{path}: {missing} of {total} chunks of the {split} split are not harvested yet; "
+            "run the same harvest command again, it goes on where it stopped"
+        )
+
+
+class StoreLockedError(StoreError):
+    """Another process is writing to the store."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} is being written to by another process; wait for it to end or stop it"
+        )
+
+
+class CorruptChunkError(StoreError):
+    """A committed chunk does not read back as it was written."""
+
+    def __init__(self, path: Path, chunk: int, array: str, reason: str) -> None:
+        super().__init__(
+            f"{path}: chunk {chunk} of array {array} is corrupt: {reason}; "
+            "`routesae store verify` lists all that is bad"
+        )
+        self.chunk, self.array, self.reason = chunk, array, reason
+
+
+class NonFiniteError(StoreError):
+    """The model produced activations that are not finite numbers."""
+
+    def __init__(self, row: int, layer: int) -> None:
+        super().__init__(
+            f"row {row}, layer {layer}: the residual is not finite; nothing of this chunk was "
+            "kept. Try --dtype float32 (bfloat16 and float16 can overflow)"
+        )
+        self.row, self.layer = row, layer

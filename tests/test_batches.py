@@ -1,0 +1,117 @@
+"""Batches: every counted token once an epoch, decoded and normalised, in a reproducible order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from routesae_cache import batches as batches_module
+from routesae_cache.batches import BatchConfig, BatchSource, first_tokens
+from routesae_cache.losses import normalise_token
+from stores.errors import CorruptChunkError, IncompleteStoreError
+from stores.layout import chunk_file
+from stores.reader import StoreReader
+from tests.pipeline_helpers import all_tokens, config, run
+
+
+@pytest.fixture(scope="module")
+def reader(tiny_model_dir: Path, tiny_corpus: Path, tmp_path_factory: Any) -> StoreReader:
+    return run(config(tiny_model_dir, tiny_corpus, tmp_path_factory.mktemp("b") / "s.zarr"))
+
+
+@pytest.fixture(params=[1 << 30, 6000], ids=["one group", "many groups"], autouse=True)
+def group_bytes(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All chunks shuffled together, or one or two at a time."""
+    monkeypatch.setattr(batches_module, "_GROUP_BYTES", request.param)
+
+
+def collect(reader: StoreReader, start: int = 0, **options: Any) -> list[Any]:
+    given = {"layers": (1, 2, 3), "batch_tokens": 32} | options
+    with BatchSource(reader, BatchConfig(**given)).batches(start) as batches:
+        return [tuple(part.clone() for part in batch) for batch in batches]
+
+
+@pytest.mark.parametrize("layers", [(1, 2, 3), (2,), (1, 3)])
+@pytest.mark.parametrize("norm", ["token", "none"])
+def test_every_counted_token_once(reader: StoreReader, layers: Any, norm: str) -> None:
+    expected = all_tokens(reader, layers, "train")
+    seen = set()
+    for x_NLD, row_N, position_N in collect(reader, layers=layers, norm=norm, drop_last=False):
+        for x_LD, row, position in zip(x_NLD, row_N.tolist(), position_N.tolist(), strict=True):
+            raw_LD = torch.from_numpy(expected[row, position])
+            want_LD = normalise_token(raw_LD).x if norm == "token" else raw_LD
+            torch.testing.assert_close(x_LD, want_LD, rtol=2e-5, atol=2e-6)
+            seen.add((row, position))
+    assert seen == set(expected)
+    assert all(position > 0 for _, position in seen)
+
+
+def test_length_and_last_batch(reader: StoreReader) -> None:
+    for drop_last in (True, False):
+        options = BatchConfig(layers=(1,), batch_tokens=32, epochs=2, drop_last=drop_last)
+        source = BatchSource(reader, options)
+        assert source.tokens == 2 * 20 * 15
+        assert len(source) == (18 if drop_last else 19)
+        assert len(collect(reader, layers=(1,), epochs=2, drop_last=drop_last)) == len(source)
+
+
+def test_same_seed_same_order_and_another_each_epoch(reader: StoreReader) -> None:
+    first, second = (collect(reader, epochs=2, batch_tokens=20) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    rows = torch.cat([batch[1] for batch in first])
+    assert not torch.equal(rows[:300], rows[300:])
+    other = collect(reader, batch_tokens=20, seed=7)
+    assert not torch.equal(torch.cat([batch[1] for batch in other]), rows[:300])
+
+
+@pytest.mark.parametrize("start", [1, 5, 9, 17])
+def test_start_in_the_middle(reader: StoreReader, start: int) -> None:
+    whole = collect(reader, epochs=2)
+    for a, b in zip(whole[start:], collect(reader, start, epochs=2), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_unshuffled_is_in_the_order_of_the_store(reader: StoreReader) -> None:
+    got = collect(reader, shuffle=False, split="eval", drop_last=False)
+    keys = [
+        pair for _, row_N, pos_N in got for pair in zip(*map(list, (row_N, pos_N)), strict=True)
+    ]
+    keys = [(int(row), int(position)) for row, position in keys]
+    assert keys == sorted(all_tokens(reader, (1,), "eval"))
+
+
+def test_stops_reading_when_left_early(reader: StoreReader) -> None:
+    source = BatchSource(reader, BatchConfig(layers=(1,), batch_tokens=8, epochs=50))
+    with source.batches() as batches:
+        next(batches)
+
+
+def test_sample_is_of_the_split(reader: StoreReader) -> None:
+    sample_NLD = first_tokens(reader, (2, 3), "train", 50, norm="none", seed=1)
+    known = np.stack(list(all_tokens(reader, (2, 3), "train").values()))
+    assert sample_NLD.shape == (50, 2, 32)
+    distance = np.abs(known[None] - sample_NLD.numpy()[:, None]).max((2, 3)).min(1)
+    assert distance.max() < 1e-6
+
+
+def test_a_corrupt_chunk_is_an_error_in_the_users_thread(
+    tiny_model_dir: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    broken = run(config(tiny_model_dir, tiny_corpus, tmp_path / "s.zarr"))
+    file = chunk_file(broken.path, "residuals/2/codes", 3)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CorruptChunkError, match=r"chunk 3 of array residuals/2/codes"):
+        collect(broken)
+    chunk_file(broken.path, "committed", 4).unlink()
+    with pytest.raises(IncompleteStoreError, match="1 of 5 chunks of the train split"):
+        collect(StoreReader(broken.path))
+
+
+def test_layers_that_are_not_there(reader: StoreReader) -> None:
+    with pytest.raises(ValueError, match=r"layers \[9\] are not in the store; it has 1, 2, 3"):
+        collect(reader, layers=(1, 9))

@@ -1,0 +1,225 @@
+"""The commands as a user runs them: what they print, make and refuse."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.app import app
+from stores.layout import chunk_file
+from stores.writer import StoreWriter
+from tests.pipeline_helpers import array_files
+
+HARVEST = ["--tokens", "300", "--eval-tokens", "60", "--context", "16", "--chunk-rows", "4"]
+SMALL = ["--layers", "1-3", "--dtype", "float32", "--device", "cpu"]
+
+
+def routesae(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, one message with these words in it, no traceback."""
+    assert result.exit_code == 2, result.output
+    message = " ".join(result.stderr.split())
+    for word in words:
+        assert word in message
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def harvest_command(tiny_model_dir: Path, tiny_corpus: Path) -> list[Any]:
+    return ["harvest", "--model", tiny_model_dir, "--dataset", tiny_corpus, *HARVEST, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def store(harvest_command: list[Any], tmp_path_factory: Any) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "s.zarr"
+    result = routesae(*harvest_command, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert "Harvested 384 tokens" in result.output
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(store: Path, tmp_path_factory: Any) -> list[Path]:
+    out = tmp_path_factory.mktemp("runs")
+    command = ["train", store, "--sae", "routesae", "--sae", "topk", "--layer", 3, "--k", 4]
+    result = routesae(*command, "--latents", 64, "--batch-tokens", 32, "--out", out)
+    assert result.exit_code == 0, result.output
+    return sorted(out.iterdir())
+
+
+def test_help_lists_every_command() -> None:
+    result = routesae("--help")
+    assert all(word in result.output for word in ("harvest", "train", "evaluate", "store"))
+
+
+def test_evaluate_prints_tables_and_writes_json(
+    store: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    result = routesae("evaluate", store, *runs, "--json", tmp_path / "deep" / "eval.json")
+    assert result.exit_code == 0, result.output
+    words = ("routesae_k4_f64_s42", "layer 3 (after block 2)", "NormMSE", "best layer")
+    assert all(word in result.output for word in words)
+    records = json.loads((tmp_path / "deep" / "eval.json").read_text())
+    assert [Path(record["run"]) for record in records] == runs
+    assert records[0]["routing"]["oracle"] <= records[0]["nmse"]
+
+
+def test_harvest_again_does_nothing(store: Path, harvest_command: list[Any]) -> None:
+    before = array_files(store)
+    result = routesae(*harvest_command, "--out", store)
+    assert result.exit_code == 0
+    assert "Nothing to do" in result.output
+    assert array_files(store) == before
+
+
+def test_dry_run_makes_nothing(harvest_command: list[Any], tmp_path: Path) -> None:
+    result = routesae(*harvest_command, "--out", tmp_path / "s.zarr", "--dry-run")
+    assert result.exit_code == 0
+    assert "To do: 360 of 360 tokens" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_store_info(store: Path) -> None:
+    result = routesae("store", "info", store)
+    words = ("tiny-llama", "tiny.jsonl", "layer 1 (after block 0)", "x than bf16", "6 of 6 chunks")
+    assert all(word in result.output for word in words), result.output
+    facts = json.loads(routesae("store", "info", store, "--json").stdout)
+    size = sum(len(content) for content in array_files(store).values())
+    assert facts["bytes"] == size
+    assert facts["bits_per_value"] == pytest.approx(8 * size / (384 * 3 * 32))
+    assert len(facts["distortion"]) == 3
+
+
+def test_store_verify_names_what_is_bad(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "s.zarr"
+    shutil.copytree(store, copy)
+    assert routesae("store", "verify", copy).exit_code == 0
+    file = chunk_file(copy, "residuals/2/low", 3)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    chunk_file(copy, "tokens", 1).unlink()
+    result = routesae("store", "verify", copy)
+    assert result.exit_code == 1
+    assert "chunk 3, array residuals/2/low" in result.stderr
+    assert "chunk 1, array tokens: the file is missing" in result.stderr
+    train = ["train", copy, "--sae", "topk", "--layer", 3, "--k", 4, "--latents", 64]
+    refused(
+        routesae(*train, "--out", tmp_path / "runs", "--batch-tokens", 32), "chunk 3", "corrupt"
+    )
+
+
+def test_store_recode(store: Path, tmp_path: Path) -> None:
+    result = routesae("store", "recode", store, tmp_path / "r.zarr", "--codec", "int8")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(routesae("store", "info", tmp_path / "r.zarr", "--json").stdout)
+    assert facts["spec"]["codec"] == {"kind": "int8"}
+    again = routesae("store", "recode", store, tmp_path / "r.zarr", "--codec", "delta")
+    refused(again, "codec.kind: the store has 'int8', asked for 'delta'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--model", "no-such-model"], ["no-such-model", "smollm2-135m", "llama-3.2-1b"]),
+        (["--dataset", "no-such-text"], ["no-such-text", "news", "openwebtext2"]),
+        (["--dataset", "/no/such/file.jsonl"], ["/no/such/file.jsonl"]),
+        (["--text-field", "body"], ["'body'", "'text'", "'title'"]),
+        (["--layers", "2-9"], ["no layer 9", "4 blocks"]),
+        (["--layers", "many"], ["many", "auto"]),
+        (["--codec", "int8", "--step", "0.1"], ["--step", "delta"]),
+        (["--step", "-1"], ["step", "-1"]),
+        (["--tokens", "0"], ["at least 1"]),
+        (["--context", "5000"], ["context 5000", "128"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--codec", "mp3"], ["mp3"]),
+    ],
+)
+def test_harvest_refuses(
+    changes: list[str], words: list[str], harvest_command: list[Any], tmp_path: Path
+) -> None:
+    refused(routesae(*harvest_command, "--out", tmp_path / "s.zarr", *changes), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--k", "65"], ["k=65", "latents=64"]),
+        (["--sae", "sparsenet"], ["sparsenet", "routesae", "topk"]),
+        (["--layer", "9"], ["[9]", "[1, 2, 3]"]),
+        (["--sparsity-weight", "0.1"], ["sparsity_weight"]),
+        (["--lr", "nan"], ["lr"]),
+        (["--batch-tokens", "100000"], ["100000", "--batch-tokens"]),
+    ],
+)
+def test_train_refuses(changes: list[str], words: list[str], store: Path, tmp_path: Path) -> None:
+    sae = [] if "--sae" in changes else ["--sae", "topk", "--layer", 3]
+    command = ["train", store, *sae, "--latents", 64, "--k", 4, "--out", tmp_path / "runs"]
+    refused(routesae(*command, "--batch-tokens", 32, *changes), *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_out_that_is_something_else(harvest_command: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    refused(routesae(*harvest_command, "--out", tmp_path / "file"), "not a zarr v3 group")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("precious")
+    refused(routesae(*harvest_command, "--out", tmp_path / "folder"), "activation store")
+    refused(routesae(*harvest_command, "--out", tmp_path / "file" / "s.zarr"), "not a directory")
+    assert (tmp_path / "folder" / "thesis.txt").read_text() == "precious"
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_stores_and_runs_that_are_not(store: Path, runs: list[Path], tmp_path: Path) -> None:
+    refused(routesae("store", "info", tmp_path), "expected an activation store")
+    refused(routesae("evaluate", tmp_path / "no.zarr", *runs), "nothing there")
+    refused(routesae("evaluate", store, tmp_path), "expected a run of `routesae train`")
+    copy = tmp_path / "new.zarr"
+    shutil.copytree(store, copy)
+    description = (copy / "zarr.json").read_text()
+    newer = description.replace('"format_version": 1', '"format_version": 2')
+    (copy / "zarr.json").write_text(newer)
+    refused(routesae("store", "info", copy), "format 2 is newer than format 1", "upgrade")
+
+
+def test_incomplete_store(harvest_command: list[Any], store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "part.zarr"
+    shutil.copytree(store, copy)
+    chunk_file(copy, "committed", 4).unlink()
+    train = ["train", copy, "--sae", "topk", "--layer", 3, "--k", 4, "--latents", 64]
+    refused(routesae(*train, "--out", tmp_path / "runs"), "1 of 5 chunks", "harvest command again")
+    assert routesae(*harvest_command, "--out", copy).exit_code == 0
+    assert array_files(copy) == array_files(store)
+
+
+def test_full_disk(
+    harvest_command: list[Any], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = StoreWriter.write_chunk
+
+    def full(self: Any, chunk: int, *rest: Any) -> int:
+        if chunk == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", "s.zarr/residuals/1/low")
+        return original(self, chunk, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_chunk", full)
+        refused(routesae(*harvest_command, "--out", tmp_path / "s.zarr"), "disk is full", "again")
+    assert routesae("store", "verify", tmp_path / "s.zarr").exit_code == 0
+    assert routesae(*harvest_command, "--out", tmp_path / "s.zarr").exit_code == 0
+    assert array_files(tmp_path / "s.zarr") == array_files(store)
+
+
+def test_second_writer(harvest_command: list[Any], store: Path) -> None:
+    with StoreWriter(store):
+        refused(routesae(*harvest_command, "--out", store, "--tokens", 600), "another process")
