@@ -68,12 +68,10 @@ class BatchConfig:
 class _Group(NamedTuple):
     """Some chunks' counted tokens, in the order in which they are to be read."""
 
-    codes: list[Codes]
-    """One entry a chunk."""
-    chunk_N: NDArray[np.int64]
-    """Index into `codes`."""
+    codes: Codes
+    """Of all tokens of the chunks."""
     token_N: NDArray[np.int64]
-    """Index into a chunk's tokens."""
+    """Index into the codes."""
     row_N: NDArray[np.int64]
     position_N: NDArray[np.int64]
 
@@ -103,7 +101,8 @@ class BatchSource:
     @contextmanager
     def batches(self, start: int = 0) -> Generator[Iterator[Batch]]:
         """Batches from number `start` on, made in the background while the block is open."""
-        ring = [self._buffer() for _ in range(_DEPTH + 2)]
+        shape = (self._config.batch_tokens, len(self._wanted), self._reader.spec.width)
+        ring = [np.empty(shape, np.float32) for _ in range(_DEPTH + 2)]
         with _in_background(self._produce(start, ring), _DEPTH) as produced:
             yield (self._to_device(batch) for batch in produced)
 
@@ -115,10 +114,6 @@ class BatchSource:
             return n_rows * (spec.context - 1)
         return int(self._reader.rows(chunk).counted_RT().sum())
 
-    def _buffer(self) -> Float32:
-        shape = (self._config.batch_tokens, len(self._wanted), self._reader.spec.width)
-        return np.empty(shape, np.float32)
-
     def _to_device(self, batch: Batch) -> Batch:
         if self._config.device == "cpu":
             return batch
@@ -126,12 +121,7 @@ class BatchSource:
 
     def _plan(self) -> Iterator[tuple[NDArray[np.int64], np.random.Generator]]:
         """Chunks of each group, and what permutes its tokens."""
-        spec, config = self._reader.spec, self._config
-        per_token = sum(
-            (a.per_token or 1) * np.dtype(a.dtype).itemsize for a in spec.codec.layout(spec.width)
-        )
-        chunk_bytes = spec.chunk_rows * spec.context * per_token * len(self._positions)
-        size = max(1, _GROUP_BYTES // chunk_bytes)
+        config, size = self._config, self._group_chunks()
         for epoch in range(config.epochs):
             rng = np.random.default_rng([config.seed, epoch])
             order = np.array(self._chunks, np.int64)
@@ -141,8 +131,21 @@ class BatchSource:
                 group_rng = np.random.default_rng([config.seed, epoch, first])
                 yield order[first : first + size], group_rng
 
+    def _group_chunks(self) -> int:
+        """Chunks whose codes are in memory together."""
+        codes = self._reader.spec.codec.empty(1, len(self._positions), self._reader.spec.width)
+        token_bytes = sum(values.nbytes for values in codes.values())
+        fitting = _GROUP_BYTES // (token_bytes * self._chunk_tokens())
+        return min(max(1, fitting), len(self._chunks))
+
+    def _chunk_tokens(self) -> int:
+        return self._reader.spec.chunk_rows * self._reader.spec.context
+
     def _groups(self, skip_tokens: int) -> Iterator[tuple[_Group, int]]:
         """Groups and the index of the first token to use; one is read ahead of the one in use."""
+        spec = self._reader.spec
+        room = self._group_chunks() * self._chunk_tokens()
+        buffers = [spec.codec.empty(room, len(self._positions), spec.width) for _ in range(2)]
         with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
             ahead: Future[_Group] | None = None
             ahead_start = 0
@@ -151,29 +154,43 @@ class BatchSource:
                 if skip_tokens >= size:
                     skip_tokens -= size
                     continue
-                following = pool.submit(self._load, chunks, rng)
                 if ahead is not None:
-                    yield ahead.result(), ahead_start
-                ahead, ahead_start, skip_tokens = following, skip_tokens, 0
+                    group = ahead.result()
+                    ahead = pool.submit(self._load, chunks, rng, buffers[0])
+                    yield group, ahead_start
+                    ahead_start = 0
+                else:
+                    ahead = pool.submit(self._load, chunks, rng, buffers[0])
+                    ahead_start, skip_tokens = skip_tokens, 0
+                buffers.reverse()
             if ahead is not None:
                 yield ahead.result(), ahead_start
 
-    def _load(self, chunks: NDArray[np.int64], rng: np.random.Generator) -> _Group:
-        codes, parts = [], []
-        for index, chunk in enumerate(map(int, chunks)):
-            first_row = self._reader.spec.chunk_range(chunk).start
-            counted_RT = self._reader.rows(chunk).counted_RT()
-            row_N, position_N = np.nonzero(counted_RT)
-            token_N = np.flatnonzero(counted_RT)
-            parts.append((np.full_like(token_N, index), token_N, row_N + first_row, position_N))
-            codes.append(self._reader.codes(chunk, self._positions))
+    def _load(self, chunks: NDArray[np.int64], rng: np.random.Generator, buffer: Codes) -> _Group:
+        begins = range(0, len(chunks) * self._chunk_tokens(), self._chunk_tokens())
+        with ThreadPoolExecutor(2) as pool:
+            parts = list(pool.map(self._load_chunk, map(int, chunks), begins, [buffer] * len(chunks)))
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         if self._config.shuffle:
             order = rng.permutation(len(columns[0]))
             columns = [column[order] for column in columns]
-        return _Group(codes, *columns)
+        return _Group(buffer, *columns)
+
+    def _load_chunk(self, chunk: int, begin: int, buffer: Codes) -> tuple[NDArray[np.int64], ...]:
+        first_row = self._reader.spec.chunk_range(chunk).start
+        counted_RT = self._reader.rows(chunk).counted_RT()
+        room = {name: v[begin : begin + counted_RT.size] for name, v in buffer.items()}
+        self._reader.codes(chunk, self._positions, room)
+        row_N, position_N = np.nonzero(counted_RT)
+        return np.flatnonzero(counted_RT) + begin, row_N + first_row, position_N
 
     def _produce(self, start: int, ring: list[Float32]) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1, thread_name_prefix="decode") as helper:
+            yield from self._assemble(start, ring, helper)
+
+    def _assemble(
+        self, start: int, ring: list[Float32], helper: ThreadPoolExecutor
+    ) -> Iterator[Batch]:
         size, number = self._config.batch_tokens, start
         filled = 0
         row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -182,7 +199,11 @@ class BatchSource:
                 taken = slice(first, min(first + size - filled, len(group.row_N)))
                 n_taken = taken.stop - taken.start
                 target = slice(filled, filled + n_taken)
-                self._decode(group, taken, ring[number % len(ring)][target])
+                out_NLD, token_N = ring[number % len(ring)][target], group.token_N[taken]
+                half = n_taken // 2
+                other = helper.submit(self._decode, group.codes, token_N[:half], out_NLD[:half])
+                self._decode(group.codes, token_N[half:], out_NLD[half:])
+                other.result()
                 row_N[target], position_N[target] = group.row_N[taken], group.position_N[taken]
                 first, filled = taken.stop, target.stop
                 if filled == size:
@@ -193,30 +214,15 @@ class BatchSource:
             part = slice(filled)
             yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])
 
-    def _decode(self, group: _Group, taken: slice, out_NLD: Float32) -> None:
+    def _decode(self, codes: Codes, token_N: NDArray[np.int64], out_NLD: Float32) -> None:
         codec, spec = self._reader.spec.codec, self._reader.spec
         block = max(1, _BLOCK_VALUES // (len(self._positions) * spec.width))
         for start in range(0, len(out_NLD), block):
             part = slice(start, min(start + block, len(out_NLD)))
-            at = slice(taken.start + part.start, taken.start + part.stop)
-            codes = _gather(group.codes, group.chunk_N[at], group.token_N[at])
-            codec.decode(codes, self._positions, self._wanted, out_NLD[part])
+            gathered = {name: values[token_N[part]] for name, values in codes.items()}
+            codec.decode(gathered, self._positions, self._wanted, out_NLD[part])
             if self._config.norm == "token":
                 _normalise_in_place(out_NLD[part])
-
-
-def _gather(chunks: list[Codes], chunk_N: NDArray[np.int64], token_N: NDArray[np.int64]) -> Codes:
-    if len(chunks) == 1:
-        return {name: np.take(values, token_N, axis=0) for name, values in chunks[0].items()}
-    gathered = {
-        name: np.empty((len(token_N), *values.shape[1:]), values.dtype)
-        for name, values in chunks[0].items()
-    }
-    for index, codes in enumerate(chunks):
-        mine = np.flatnonzero(chunk_N == index)
-        for name, values in codes.items():
-            gathered[name][mine] = values[token_N[mine]]
-    return gathered
 
 
 def _normalise_in_place(x_NLD: Float32) -> None:

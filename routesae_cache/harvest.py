@@ -8,22 +8,21 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from routesae_cache.harvest_plan import HarvestPlan
 from routesae_cache.lm import LanguageModel, load_lm
 from routesae_cache.text import TextSource
 from routesae_cache.tokens import Row, rows
-from stores.codecs import Codes, Float32, join_blocks
+from stores.codecs import Codes, Encoded, Float32, join_blocks
 from stores.errors import NonFiniteError, SpecMismatchError, StoreError
 from stores.layout import TokenRows
 from stores.reader import StoreReader
@@ -44,6 +43,7 @@ class HarvestProgress:
     total: int
     bytes_written: int = 0
     values_written: int = 0
+    """In the chunks that took `bytes_written`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,39 +156,40 @@ def _fill_residuals(writer: StoreWriter, lm: LanguageModel, progress: Progress) 
     """Compute, encode and commit every pending chunk; returns the number of tokens."""
     spec, reader = writer.spec, StoreReader(writer.path)
     pending = writer.pending()
-    row_tokens = spec.context
-    total = sum(r.stop - r.start for r in map(spec.chunk_range, pending)) * row_tokens
-    done = written = 0
+    total = sum(r.stop - r.start for r in map(spec.chunk_range, pending)) * spec.context
+    state = HarvestProgress(phase="residuals", done=0, total=total)
+    in_flight: deque[Future[_Encoded]] = deque()
 
-    def report(n_rows: int, n_bytes: int = 0) -> None:
-        nonlocal done, written
-        done, written = done + n_rows * row_tokens, written + n_bytes
-        progress(
-            HarvestProgress(
-                phase="residuals",
-                done=done,
-                total=total,
-                bytes_written=written,
-                values_written=done * spec.values_per_token,
+    def settle(at_most: int) -> None:
+        nonlocal state
+        while len(in_flight) > at_most:
+            encoded = in_flight.popleft().result()
+            state = dataclasses.replace(
+                state,
+                done=state.done + encoded.tokens,
+                bytes_written=state.bytes_written + encoded.bytes_written,
+                values_written=state.values_written + encoded.values_written,
             )
-        )
+            progress(state)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="encode") as encoder:
-        in_flight: deque[Future[int]] = deque()
+    # where the model has the same cores as the encoder, the two only get in each other's way
+    ahead = 0 if lm.device.type == "cpu" else _IN_FLIGHT
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="chunk") as background,
+        ThreadPoolExecutor(thread_name_prefix="encode") as encoder,
+    ):
         for chunk in pending:
             token_rows = reader.rows(chunk, check=False)
-            encoding = _ChunkEncoding(writer, chunk, token_rows)
+            encoding = _ChunkEncoding(writer, chunk, token_rows, encoder)
             for batch in _batches(len(token_rows.lengths_R), spec.batch_rows):
-                residuals = _residuals(lm, token_rows.tokens_RT[batch], spec, chunk, batch)
-                in_flight.append(encoder.submit(encoding.add, residuals, batch))
-                if len(in_flight) > _IN_FLIGHT:
-                    in_flight.popleft().result()
-                report(batch.stop - batch.start)
-            in_flight.append(encoder.submit(encoding.commit))
-            # a commit's result is the bytes it wrote, a batch's is 0
-        while in_flight:
-            report(0, in_flight.popleft().result())
-    return done
+                ids_RT = torch.from_numpy(token_rows.tokens_RT[batch])
+                residuals = lm.residuals(ids_RT, spec.layers)
+                in_flight.append(background.submit(encoding.add, residuals, batch))
+                settle(ahead)
+            in_flight.append(background.submit(encoding.commit))
+            settle(ahead)
+        settle(0)
+    return state.done
 
 
 def _batches(n_rows: int, size: int) -> Iterator[slice]:
@@ -196,41 +197,53 @@ def _batches(n_rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
-def _residuals(
-    lm: LanguageModel, tokens_RT: NDArray[np.int32], spec: StoreSpec, chunk: int, batch: slice
-) -> list[Tensor]:
-    residuals = lm.residuals(torch.from_numpy(tokens_RT), spec.layers)
-    for layer, x_RTD in zip(spec.layers, residuals, strict=True):
-        finite_R = x_RTD.isfinite().all(-1).all(-1)
-        if not bool(finite_R.all()):
-            first = chunk * spec.chunk_rows + batch.start + int((~finite_R).nonzero()[0])
-            raise NonFiniteError(first, layer)
-    return residuals
+class _Encoded(NamedTuple):
+    """What one step of the encoder's thread has done."""
+
+    tokens: int = 0
+    bytes_written: int = 0
+    values_written: int = 0
 
 
 class _ChunkEncoding:
-    """Gathers the batches of one chunk, then commits it; runs in the encoder's thread."""
+    """Gathers the batches of one chunk, encoded row by row in a pool, then commits it."""
 
-    def __init__(self, writer: StoreWriter, chunk: int, rows: TokenRows) -> None:
-        self._writer, self._chunk, self._rows = writer, chunk, rows
+    def __init__(
+        self, writer: StoreWriter, chunk: int, rows: TokenRows, pool: ThreadPoolExecutor
+    ) -> None:
+        self._writer, self._chunk, self._rows, self._pool = writer, chunk, rows, pool
         self._blocks: list[tuple[Codes, ...]] = []
         self._stats = StatsBuilder(len(writer.spec.layers), writer.spec.width)
         self._counted_RT = rows.counted_RT()
 
-    def add(self, residuals: Iterable[Tensor], batch: slice) -> int:
-        spec = self._writer.spec
-        real_RT = np.arange(spec.context) < self._rows.lengths_R[batch, None]
-        padded = not real_RT.all()
-        x_LND: list[Float32] = []
-        for x_RTD in residuals:
-            x_ND = x_RTD.to("cpu", torch.float32).reshape(-1, spec.width).numpy()
-            x_LND.append(x_ND * real_RT.reshape(-1, 1) if padded else x_ND)
-        encoded = spec.codec.encode(x_LND)
-        self._stats.add(x_LND, encoded.distortion_LN, self._counted_RT[batch].reshape(-1))
-        self._blocks.append(encoded.layers)
-        return 0
+    def add(self, residuals: Sequence[Tensor], batch: slice) -> _Encoded:
+        x_LRTD = [x_RTD.to("cpu", torch.float32).numpy() for x_RTD in residuals]
+        encoded_rows = self._pool.map(
+            lambda row: self._encode_row([x_RTD[row - batch.start] for x_RTD in x_LRTD], row),
+            range(batch.start, batch.stop),
+        )
+        for encoded, stats in encoded_rows:
+            self._blocks.append(encoded.layers)
+            self._stats.merge(stats)
+        return _Encoded(tokens=len(x_LRTD[0]) * self._writer.spec.context)
 
-    def commit(self) -> int:
-        return self._writer.write_chunk(
+    def _encode_row(self, x_LTD: list[Float32], row: int) -> tuple[Encoded, StatsBuilder]:
+        spec, length = self._writer.spec, int(self._rows.lengths_R[row])
+        if length < spec.context:
+            for x_TD in x_LTD:
+                x_TD[length:] = 0
+        for layer, x_TD in zip(spec.layers, x_LTD, strict=True):
+            # a sum of squares is quick, and not finite where a value is not
+            if not np.isfinite(np.vecdot(x_TD, x_TD)).all() and not np.isfinite(x_TD).all():
+                raise NonFiniteError(self._chunk * spec.chunk_rows + row, layer)
+        encoded = spec.codec.encode(x_LTD)
+        stats = StatsBuilder(len(spec.layers), spec.width)
+        stats.add(x_LTD, encoded.distortion_LN, self._counted_RT[row])
+        return encoded, stats
+
+    def commit(self) -> _Encoded:
+        size = self._writer.write_chunk(
             self._chunk, self._rows, join_blocks(self._blocks), self._stats.result()
         )
+        values = self._rows.tokens_RT.size * self._writer.spec.values_per_token
+        return _Encoded(bytes_written=size, values_written=values)

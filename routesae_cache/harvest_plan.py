@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -238,6 +239,8 @@ def _free_bytes(out: Path) -> int:
         folder = folder.parent
     if not folder.is_dir():
         raise StoreError(f"{out} cannot be made: {folder} is not a directory")
+    if not os.access(folder, os.W_OK):
+        raise StoreError(f"{out} cannot be made: {folder} cannot be written to")
     free: int = shutil.disk_usage(folder).free
     return free
 

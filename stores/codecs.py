@@ -1,6 +1,7 @@
 """What turns residuals into the arrays on disk and back: `bf16`, `int8` and `delta`.
 
 A codec sees one block of tokens over all layers of the store. Shapes: N tokens, L layers, D width.
+Values are finite and at most 1e38; below 2e-36 they may become 0.
 Arithmetic is IEEE float32 with every product and sum rounded on its own, so that any
 implementation of the formulas in docs/STORE_FORMAT.md decodes to the same bits.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ Float32 = NDArray[np.float32]
 Codes = dict[str, NDArray[Any]]
 """Array name -> values, the leading axes being tokens (and layers, where a function says so)."""
 
-_CACHED_VALUES = 1 << 15  # float32 values of one working array: a few of them fit a core's L2
+_BLOCK_VALUES = 1 << 19  # at a time: larger leaves the cache, smaller makes threads wait
 _SCALE_BITS = 27  # of a float32 scale, after zstd
 _U16 = np.dtype("<u2")  # byte order matters where bytes and 16-bit words are views of each other
 
@@ -54,6 +55,15 @@ class ResidualCodec(ABC):
     def layout(self, width: int) -> tuple[ArrayLayout, ...]:
         """The arrays kept for each layer of residuals with `width` channels."""
 
+    def empty(self, n_tokens: int, n_layers: int, width: int) -> Codes:
+        """Room for the codes of some tokens and layers, as `decode` takes them."""
+        return {
+            a.name: np.empty(
+                (n_tokens, n_layers, *((a.per_token,) if a.per_token else ())), a.dtype
+            )
+            for a in self.layout(width)
+        }
+
     @abstractmethod
     def encode(self, x_LND: Sequence[Float32]) -> Encoded:
         """Encode L arrays of shape (N, D); values are finite."""
@@ -80,7 +90,7 @@ class ResidualCodec(ABC):
         direct = tuple(positions) == tuple(wanted)
         emit = [list(positions).index(p) for p in wanted]
         n_tokens, width = out_NLD.shape[0], out_NLD.shape[2]
-        step = max(1, 4 * _CACHED_VALUES // (len(positions) * width))
+        step = max(1, _BLOCK_VALUES // (len(positions) * width))
         scratch = None if direct else np.empty((step, len(positions), width), np.float32)
         for start in range(0, n_tokens, step):
             part = slice(start, min(start + step, n_tokens))
@@ -113,7 +123,9 @@ class Bf16Codec(ResidualCodec):
             rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
             layers.append({"codes": (rounded >> 16).astype(np.uint16)})
             error_ND = (rounded & np.uint32(0xFFFF0000)).view(np.float32) - x_ND
-            distortion.append(_relative(error_ND, _std(x_ND)))
+            std_N = _std(x_ND)
+            error_ND *= _inverse(std_N)[:, None]
+            distortion.append(_relative(error_ND, std_N, std_N))
         return Encoded(tuple(layers), np.stack(distortion))
 
     def _decode_block(self, codes: Codes, positions: Sequence[int], out_NLD: Float32) -> None:
@@ -139,9 +151,11 @@ class Int8Codec(ResidualCodec):
         layers, distortion = [], []
         for x_ND in x_LND:
             scale_N = _max_abs(x_ND) / np.float32(127)
-            q_ND = np.rint(x_ND * _inverse(scale_N)[:, None])
+            residual_ND = x_ND * _inverse(scale_N)[:, None]
+            q_ND = np.rint(residual_ND)
             layers.append({"codes": q_ND.astype(np.int8), "scale": scale_N})
-            distortion.append(_relative(q_ND * scale_N[:, None] - x_ND, _std(x_ND)))
+            residual_ND -= q_ND
+            distortion.append(_relative(residual_ND, scale_N, _std(x_ND)))
         return Encoded(tuple(layers), np.stack(distortion))
 
     def _decode_block(self, codes: Codes, positions: Sequence[int], out_NLD: Float32) -> None:
@@ -224,7 +238,7 @@ class DeltaCodec(ResidualCodec):
                 _split_nibbles(rounded_ND.astype(np.int8), codes["low"][part], codes["high"][part])
                 codes["scale"][part] = scale_N
                 residual_ND -= rounded_ND
-                distortion_LN[position, part] = _relative(residual_ND, std_N, scale_N)
+                distortion_LN[position, part] = _relative(residual_ND, scale_N, std_N)
                 rounded_ND *= scale_N[:, None]
                 decoded_ND += rounded_ND
         return Encoded(layers, distortion_LN)
@@ -244,12 +258,16 @@ def codec_from_dict(record: Mapping[str, Any]) -> ResidualCodec:
     """The codec that `ResidualCodec.to_dict` described; ValueError for anything else."""
     parameters = dict(record)
     kind = parameters.pop("kind", None)
-    if kind not in CODECS:
+    if not isinstance(kind, str) or kind not in CODECS:
         raise ValueError(f"codec: expected one of {', '.join(CODECS)}, found {kind!r}")
-    try:
-        return CODECS[kind](**parameters)
-    except TypeError as error:
-        raise ValueError(f"codec {kind}: unexpected parameters {parameters}") from error
+    allowed = {f.name: _PARAMETER_TYPES[str(f.type)] for f in fields(CODECS[kind])}
+    odd = {k: v for k, v in parameters.items() if type(v) not in allowed.get(k, ())}
+    if odd:
+        raise ValueError(f"codec {kind}: unexpected parameters {odd}")
+    return CODECS[kind](**parameters)
+
+
+_PARAMETER_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
 
 
 def join_blocks(blocks: Sequence[tuple[Codes, ...]]) -> list[Codes]:
@@ -261,16 +279,20 @@ def join_blocks(blocks: Sequence[tuple[Codes, ...]]) -> list[Codes]:
 
 
 def _token_blocks(n_tokens: int, width: int) -> Iterator[slice]:
-    step = max(1, _CACHED_VALUES // width)
+    step = max(1, _BLOCK_VALUES // width)
     for start in range(0, n_tokens, step):
         yield slice(start, min(start + step, n_tokens))
 
 
 def _std(x_ND: Float32) -> Float32:
     width = np.float32(x_ND.shape[1])
-    mean_N = x_ND @ np.ones(x_ND.shape[1], np.float32) / width
-    variance_N: Float32 = np.vecdot(x_ND, x_ND) / width - mean_N * mean_N
-    return np.sqrt(np.maximum(variance_N, 0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean_N = x_ND @ np.ones(x_ND.shape[1], np.float32) / width
+        variance_N: Float32 = np.vecdot(x_ND, x_ND) / width - mean_N * mean_N
+    if not np.isfinite(variance_N).all():  # squares of values beyond 1e19
+        variance_N = x_ND.var(axis=1, dtype=np.float64)
+    std_N: Float32 = np.sqrt(np.maximum(variance_N, 0)).astype(np.float32, copy=False)
+    return std_N
 
 
 def _max_abs(x_ND: Float32) -> Float32:
@@ -279,14 +301,17 @@ def _max_abs(x_ND: Float32) -> Float32:
 
 
 def _inverse(scale_N: Float32) -> Float32:
-    return np.divide(1, scale_N, out=np.zeros_like(scale_N), where=scale_N > 0)
+    """1 / scale, and 0 where that is beyond float32."""
+    usable_N = scale_N >= np.finfo(np.float32).smallest_normal
+    return np.divide(1, scale_N, out=np.zeros_like(scale_N), where=usable_N)
 
 
-def _relative(error_ND: Float32, std_N: Float32, scale_N: Float32 | None = None) -> Float32:
-    """Mean squared error, in units of `scale_N`, over the variance; 0 where nothing varies."""
+def _relative(error_ND: Float32, unit_N: Float32, std_N: Float32) -> Float32:
+    """Mean squared error, in units of `unit_N`, over the variance; 0 where nothing varies."""
     mean_N = np.vecdot(error_ND, error_ND) / np.float32(error_ND.shape[1])
-    ratio_N = _inverse(std_N) if scale_N is None else scale_N * _inverse(std_N)
-    relative: Float32 = mean_N * ratio_N * ratio_N
+    ratio_N = unit_N.astype(np.float64) * _inverse(std_N)
+    relative_N = np.minimum(mean_N * ratio_N * ratio_N, np.finfo(np.float32).max)
+    relative: Float32 = relative_N.astype(np.float32)
     return relative
 
 

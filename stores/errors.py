@@ -42,6 +42,8 @@ class IncompleteStoreError(StoreError):
         super().__init__(
             f"{path}: {missing} of {total} chunks of the {split} split are not harvested yet; "
             "run the same harvest command again, it goes on where it stopped"
+            if total
+            else f"{path}: the {split} split has no tokens"
         )
 
 

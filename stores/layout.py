@@ -6,10 +6,10 @@ Shared by the writer and the reader. Letters: R rows, T positions in a row, L la
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -25,6 +25,8 @@ ATTRIBUTE = "routesae_store"
 ROW_ARRAYS = ("tokens", "lengths", "documents")
 STAT_ARRAYS = ("count", "sum", "sum_squares", "distortion")
 Rows = NDArray[Any]
+_DTYPES = {"string": "StringDType()"}  # what numpy calls it
+_METADATA_ERRORS = (KeyError, TypeError, ValueError)  # of zarr, reading a malformed zarr.json
 
 
 class TokenRows(NamedTuple):
@@ -66,6 +68,29 @@ def row_values(rows: TokenRows) -> tuple[Rows, Rows, Rows]:
     return rows.tokens_RT, rows.lengths_R, np.array(rows.documents, dtype=object)
 
 
+class StoredArray(NamedTuple):
+    """One array of a store; its first axis is rows, or chunks with one to a zarr chunk."""
+
+    name: str
+    dtype: str
+    inner: tuple[int, ...] = ()
+    """Shape after the first axis."""
+    by: Literal["row", "chunk"] = "row"
+    compression: str = "zstd"
+
+    def shape(self, spec: StoreSpec) -> tuple[int, ...]:
+        """Shape in a store with the row counts of `spec`."""
+        return (spec.rows if self.by == "row" else spec.chunks, *self.inner)
+
+    def chunk_file(self, path: Path, chunk: int) -> Path:
+        """The file that holds the values of one chunk."""
+        return path.joinpath(self.name, "c", str(chunk), *["0"] * len(self.inner))
+
+    def chunk_shape(self, spec: StoreSpec) -> tuple[int, ...]:
+        """Shape of a zarr chunk, which is one file."""
+        return (spec.chunk_rows if self.by == "row" else 1, *self.inner)
+
+
 def residual_array(layer: int, layout: ArrayLayout) -> str:
     """Path of one array of one layer."""
     return f"residuals/{layer}/{layout.name}"
@@ -76,6 +101,24 @@ def residual_arrays(spec: StoreSpec) -> Iterator[tuple[int, ArrayLayout]]:
     for layer in spec.layers:
         for layout in spec.codec.layout(spec.width):
             yield layer, layout
+
+
+def stored_arrays(spec: StoreSpec) -> Iterator[StoredArray]:
+    """Every array of a store; all but the last two have a checksum in `digest`, in this order."""
+    yield StoredArray("tokens", "int32", (spec.context,))
+    yield StoredArray("lengths", "int32")
+    yield StoredArray("documents", "string")
+    for layer, layout in residual_arrays(spec):
+        inner = (spec.context, layout.per_token) if layout.per_token else (spec.context,)
+        name = residual_array(layer, layout)
+        yield StoredArray(name, layout.dtype, inner, compression=layout.compression)
+    n_layers = len(spec.layers)
+    yield StoredArray("stats/count", "int64", (), "chunk")
+    yield StoredArray("stats/sum", "float32", (n_layers, spec.width), "chunk")
+    yield StoredArray("stats/sum_squares", "float64", (n_layers,), "chunk")
+    yield StoredArray("stats/distortion", "float64", (n_layers,), "chunk")
+    yield StoredArray("digest", "uint32", (len(digested(spec)),), "chunk")
+    yield StoredArray("committed", "uint8", (), "chunk")
 
 
 def digested(spec: StoreSpec) -> tuple[str, ...]:
@@ -94,52 +137,55 @@ def checksum(values: Rows) -> int:
 
 def create_arrays(group: zarr.Group, spec: StoreSpec) -> None:
     """Make every array of an empty store, for `spec.rows` rows."""
-    by_row = (spec.rows, spec.chunk_rows)
-    _create(group, "tokens", "int32", by_row, (spec.context,))
-    _create(group, "lengths", "int32", by_row)
-    _create(group, "documents", "string", by_row)
-    for layer, layout in residual_arrays(spec):
-        inner = (spec.context, layout.per_token) if layout.per_token else (spec.context,)
-        name = residual_array(layer, layout)
-        _create(group, name, layout.dtype, by_row, inner, layout.compression)
-    by_chunk, n_layers = (spec.chunks, 1), len(spec.layers)
-    _create(group, "stats/count", "int64", by_chunk)
-    _create(group, "stats/sum", "float32", by_chunk, (n_layers, spec.width))
-    _create(group, "stats/sum_squares", "float64", by_chunk, (n_layers,))
-    _create(group, "stats/distortion", "float64", by_chunk, (n_layers,))
-    _create(group, "digest", "uint32", by_chunk, (len(digested(spec)),))
-    _create(group, "committed", "uint8", by_chunk)
-
-
-def _create(
-    group: zarr.Group,
-    name: str,
-    dtype: str,
-    leading: tuple[int, int],
-    inner: tuple[int, ...] = (),
-    compression: str = "zstd",
-) -> None:
-    length, chunk_length = leading
-    compressor: Any = {
+    compressors: dict[str, Any] = {
         "zstd": ZstdCodec(level=1),
         "shuffled-zstd": BloscCodec(cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle),
-    }[compression]
-    group.create_array(
-        name,
-        shape=(length, *inner),
-        chunks=(chunk_length, *inner),
-        dtype=dtype,
-        compressors=[compressor, Crc32cCodec()],
-        fill_value="" if dtype == "string" else 0,
-        config={"write_empty_chunks": True},
-    )
+    }
+    for stored in stored_arrays(spec):
+        group.create_array(
+            stored.name,
+            shape=stored.shape(spec),
+            chunks=stored.chunk_shape(spec),
+            dtype=stored.dtype,
+            compressors=[compressors[stored.compression], Crc32cCodec()],
+            fill_value="" if stored.dtype == "string" else 0,
+            config={"write_empty_chunks": True},
+        )
+
+
+def open_group(path: Path, mode: Literal["r", "r+"]) -> zarr.Group:
+    """The zarr group of a store whose description was read; NotAStoreError."""
+    try:
+        return zarr.open_group(path, mode=mode, zarr_format=3)
+    except _METADATA_ERRORS as error:
+        raise NotAStoreError(f"{path}: expected a zarr v3 group: {error}") from error
+
+
+def open_array(group: zarr.Group, spec: StoreSpec, stored: StoredArray) -> zarr.Array[Any]:
+    """One array; NotAStoreError where it is not what `spec` says. It may be longer."""
+    where = f"{group.store_path}: array {stored.name}"
+    try:
+        array = group[stored.name]
+    except _METADATA_ERRORS as error:
+        raise NotAStoreError(f"{where} cannot be opened: {error!r}") from error
+    if not isinstance(array, zarr.Array):
+        raise NotAStoreError(f"{where}: found a group")
+    length, *inner = stored.shape(spec)
+    expected = (_DTYPES.get(stored.dtype, stored.dtype), tuple(inner), stored.chunk_shape(spec))
+    found = (str(array.dtype), array.shape[1:], array.chunks)
+    if found != expected or array.shape[0] < length:
+        raise NotAStoreError(
+            f"{where}: expected at least {length} of (dtype, shape, chunk shape) {expected}, "
+            f"found {array.shape[0]} of {found}"
+        )
+    return array.with_config({"write_empty_chunks": True})
 
 
 def read_spec(path: Path) -> StoreSpec:
     """The description of the store at `path`; NotAStoreError or NewerFormatError."""
     try:
         record = json.loads((path / "zarr.json").read_text())["attributes"][ATTRIBUTE]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         found = "nothing there" if not path.exists() else "something that is not a zarr v3 group"
         raise NotAStoreError(
             f"{path}: expected an activation store, found {found}; make one with `routesae harvest`"
@@ -154,7 +200,7 @@ def read_spec(path: Path) -> StoreSpec:
 
 def _parse_spec(path: Path, record: Any) -> StoreSpec:
     version = record.get("format_version") if isinstance(record, dict) else None
-    if type(version) is not int:
+    if type(version) is not int or version < 1:
         raise NotAStoreError(f"{path}: expected a store's format version, found {version!r}")
     if version > FORMAT_VERSION:
         raise NewerFormatError(path, version, FORMAT_VERSION)
@@ -172,19 +218,11 @@ def set_spec(group: zarr.Group, spec: StoreSpec) -> None:
 
 def resize(group: zarr.Group, spec: StoreSpec) -> None:
     """Give every array the length that `spec` implies."""
-    by_row = (*ROW_ARRAYS, *(residual_array(*pair) for pair in residual_arrays(spec)))
-    by_chunk = (*(f"stats/{name}" for name in STAT_ARRAYS), "digest", "committed")
-    for length, names in ((spec.rows, by_row), (spec.chunks, by_chunk)):
-        for array in _arrays(group, names):
-            if array.shape[0] != length:
-                array.resize((length, *array.shape[1:]))
-
-
-def _arrays(group: zarr.Group, names: Iterable[str]) -> Iterator[zarr.Array[Any]]:
-    for name in names:
-        array = group[name]
+    for stored in stored_arrays(spec):
+        array = group[stored.name]
         assert isinstance(array, zarr.Array)
-        yield array
+        if array.shape != stored.shape(spec):
+            array.resize(stored.shape(spec))
 
 
 def chunk_file(path: Path, array: str, chunk: int) -> Path:

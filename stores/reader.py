@@ -10,19 +10,22 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from stores.chunk_files import read_chunk_file
 from stores.codecs import Codes, Float32
-from stores.errors import CorruptChunkError, IncompleteStoreError, NotAStoreError
+from stores.errors import CorruptChunkError, IncompleteStoreError
 from stores.layout import (
     ROW_ARRAYS,
     STAT_ARRAYS,
     ChunkStats,
     TokenRows,
     checksum,
-    chunk_file,
     committed_chunks,
     digested,
+    open_array,
+    open_group,
     read_spec,
     residual_array,
+    stored_arrays,
 )
 from stores.spec import Split
 
@@ -37,7 +40,8 @@ class StoreReader:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.spec = read_spec(self.path)
-        self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
+        self._group = open_group(self.path, "r")
+        self._stored = {stored.name: stored for stored in stored_arrays(self.spec)}
         self._digested = {name: i for i, name in enumerate(digested(self.spec))}
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self.committed = committed_chunks(self.path, self.spec)
@@ -63,22 +67,22 @@ class StoreReader:
         digests = self._digests(chunk)
         return ChunkStats(*(self._read(f"stats/{n}", chunk, chunk, digests) for n in STAT_ARRAYS))
 
-    def codes(self, chunk: int, positions: Sequence[int]) -> Codes:
+    def codes(self, chunk: int, positions: Sequence[int], out: Codes | None = None) -> Codes:
         """The codec's arrays of the layers at `positions`: shape (N, len(positions)[, per_token]).
 
-        N runs over all positions of all rows of the chunk, padding included.
+        N runs over all positions of all rows of the chunk, padding included. Written to `out`
+        where it is given.
         """
         spec, part, digests = self.spec, self.spec.chunk_range(chunk), self._digests(chunk)
         n_tokens = (part.stop - part.start) * spec.context
-        out: Codes = {}
+        if out is None:
+            out = spec.codec.empty(n_tokens, len(positions), spec.width)
         for layout in spec.codec.layout(spec.width):
-            inner = (layout.per_token,) if layout.per_token else ()
-            stacked = np.empty((n_tokens, len(positions), *inner), layout.dtype)
+            stacked = out[layout.name]
             for index, position in enumerate(positions):
                 name = residual_array(spec.layers[position], layout)
-                values = self._read(name, chunk, part, digests)
-                stacked[:, index] = values.reshape(n_tokens, *inner)
-            out[layout.name] = stacked
+                values = self._residual_chunk(name, chunk, digests)[: part.stop - part.start]
+                stacked[:, index] = values.reshape(n_tokens, *stacked.shape[2:])
         return out
 
     def residuals(self, chunk: int, layers: Sequence[int]) -> Float32:
@@ -113,7 +117,10 @@ class StoreReader:
         for name in self._digested:
             where = chunk if name.startswith("stats/") else part
             try:
-                self._read(name, chunk, where, digests)
+                if name.startswith("residuals/"):
+                    self._residual_chunk(name, chunk, digests)
+                else:
+                    self._read(name, chunk, where, digests)
             except CorruptChunkError as error:
                 yield error
 
@@ -123,25 +130,37 @@ class StoreReader:
     def _read(
         self, name: str, chunk: int, where: int | slice, digests: NDArray[np.uint32] | None
     ) -> NDArray[Any]:
+        array = self._array(name)
+        if not self._stored[name].chunk_file(self.path, chunk).exists():  # zarr would read zeros
+            raise CorruptChunkError(self.path, chunk, name, "the file is missing")
         try:
-            values = np.asarray(self._array(name)[where])
+            values = np.asarray(array[where])
         except (ValueError, RuntimeError, TypeError, OSError) as error:
             raise CorruptChunkError(self.path, chunk, name, str(error)) from error
-        if digests is not None and checksum(values) != digests[self._digested[name]]:
-            raise CorruptChunkError(self.path, chunk, name, self._what_changed(name, chunk))
+        self._compare(name, chunk, values, digests)
         return values
 
-    def _what_changed(self, name: str, chunk: int) -> str:
-        if chunk_file(self.path, name, chunk).exists():
-            return "the values are not the ones written"
-        return "the file is missing"  # zarr reads it as zeros
+    def _residual_chunk(self, name: str, chunk: int, digests: NDArray[np.uint32]) -> NDArray[Any]:
+        """All rows of a chunk, those beyond the end of the array included."""
+        stored = self._stored[name]
+        shape = stored.chunk_shape(self.spec)
+        self._array(name)  # is what the format says
+        try:
+            file = stored.chunk_file(self.path, chunk)
+            values = read_chunk_file(file, stored.dtype, shape, stored.compression)
+        except ValueError as error:
+            raise CorruptChunkError(self.path, chunk, name, str(error)) from error
+        part = self.spec.chunk_range(chunk)
+        self._compare(name, chunk, values[: part.stop - part.start], digests)
+        return values
+
+    def _compare(
+        self, name: str, chunk: int, values: NDArray[Any], digests: NDArray[np.uint32] | None
+    ) -> None:
+        if digests is not None and checksum(values) != digests[self._digested[name]]:
+            raise CorruptChunkError(self.path, chunk, name, "the values are not the ones written")
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            try:
-                array = self._group[name]
-            except KeyError:
-                raise NotAStoreError(f"{self.path}: array {name} is missing") from None
-            assert isinstance(array, zarr.Array)
-            self._arrays[name] = array
+            self._arrays[name] = open_array(self._group, self.spec, self._stored[name])
         return self._arrays[name]

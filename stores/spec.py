@@ -14,6 +14,8 @@ Split = Literal["train", "eval", "all"]
 Record = dict[str, Any]
 """A JSON object describing where something came from."""
 
+_SIZES = ("n_blocks", "width", "context", "batch_rows", "chunk_rows")
+_COUNTS = ("eval_target", "eval_rows", "train_rows", "eval_tokens", "train_tokens")
 _GROWING = ("eval_rows", "train_rows", "eval_tokens", "train_tokens", "exhausted")
 
 
@@ -53,12 +55,20 @@ class StoreSpec:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        positive = ("width", "context", "batch_rows", "chunk_rows", "n_blocks")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers: expected ascending and distinct, found {self.layers}")
+        least = dict.fromkeys(_SIZES, 1) | dict.fromkeys(_COUNTS, 0)
+        for name, smallest in least.items():
+            if (found := getattr(self, name)) < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, found {found}")
+        inside = set(range(self.n_blocks + 1))
+        if not self.layers or list(self.layers) != sorted(inside.intersection(self.layers)):
+            raise ValueError(
+                f"layers: expected ascending and distinct from 0 to {self.n_blocks}, "
+                f"found {self.layers}"
+            )
+        if self.train_rows and self.eval_rows % self.chunk_rows:
+            raise ValueError(
+                f"eval_rows: expected whole chunks of {self.chunk_rows}, found {self.eval_rows}"
+            )
         self.codec.layout(self.width)
 
     @property

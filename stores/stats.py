@@ -35,6 +35,13 @@ class StatsBuilder:
             self._sum_LD[layer] += weight_N @ x_ND
             self._sum_squares_L[layer] += np.vecdot(x_ND, x_ND)[counted_N].sum(dtype=np.float64)
 
+    def merge(self, other: StatsBuilder) -> None:
+        """Add what another builder has added up."""
+        self._count += other._count
+        self._sum_LD += other._sum_LD
+        self._sum_squares_L += other._sum_squares_L
+        self._distortion_L += other._distortion_L
+
     def result(self) -> ChunkStats:
         """What was added so far."""
         return ChunkStats(

@@ -8,13 +8,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
+from stores.chunk_files import write_chunk_file
 from stores.codecs import Codes
 from stores.errors import StoreError, StoreLockedError
 from stores.layout import (
@@ -23,16 +26,18 @@ from stores.layout import (
     ChunkStats,
     TokenRows,
     checksum,
-    chunk_file,
     committed_chunks,
     create_arrays,
     digested,
+    open_array,
+    open_group,
     read_spec,
     residual_array,
     residual_arrays,
     resize,
     row_values,
     set_spec,
+    stored_arrays,
 )
 from stores.spec import StoreSpec
 
@@ -50,11 +55,12 @@ class StoreWriter:
         self._lock = _lock(path)
         try:
             self.spec = read_spec(path)
-            group = zarr.open_group(path, mode="r+", zarr_format=3)
+            group = open_group(path, "r+")
         except BaseException:
             os.close(self._lock)
             raise
         self._group = group
+        self._stored = {stored.name: stored for stored in stored_arrays(self.spec)}
         self._arrays: dict[str, zarr.Array[Any]] = {}
         for leftover in path.rglob("*.partial"):
             leftover.unlink()
@@ -127,15 +133,16 @@ class StoreWriter:
         `rows` are the chunk's token rows as they are in the store; `layers` holds for each layer
         the codec's arrays with tokens flattened on the first axis. Returns the bytes written.
         """
-        spec, part = self.spec, self.spec.chunk_range(chunk)
-        n_rows = part.stop - part.start
+        spec = self.spec
         digests = [checksum(values) for values in row_values(rows)]
         by_layer = dict(zip(spec.layers, layers, strict=True))
-        for layer, layout in residual_arrays(spec):
-            flat = by_layer[layer][layout.name]
-            digests.append(checksum(flat))
-            self._array(residual_array(layer, layout))[part] = flat.reshape(
-                n_rows, spec.context, *flat.shape[1:]
+        residuals = {
+            residual_array(layer, layout): by_layer[layer][layout.name]
+            for layer, layout in residual_arrays(spec)
+        }
+        with ThreadPoolExecutor(thread_name_prefix="write") as pool:
+            digests += pool.map(
+                lambda name: self._write_residuals(name, chunk, residuals[name]), residuals
             )
         for name in STAT_ARRAYS:
             values = getattr(stats, name)
@@ -143,15 +150,27 @@ class StoreWriter:
             self._array(f"stats/{name}")[chunk] = values
         assert len(digests) == len(digested(spec))
         self._array("digest")[chunk] = np.array(digests, np.uint32)
-        size = sum(chunk_file(self.path, name, chunk).stat().st_size for name in digested(spec))
+        size = sum(
+            self._stored[name].chunk_file(self.path, chunk).stat().st_size
+            for name in digested(spec)
+        )
         self._array("committed")[chunk] = 1
         return size
 
+    def _write_residuals(self, name: str, chunk: int, flat: NDArray[Any]) -> int:
+        """Write one array of one chunk; returns its checksum."""
+        stored, part = self._stored[name], self.spec.chunk_range(chunk)
+        write_chunk_file(
+            stored.chunk_file(self.path, chunk),
+            flat.reshape(part.stop - part.start, *stored.inner),
+            stored.chunk_shape(self.spec),
+            stored.compression,
+        )
+        return checksum(flat)
+
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            array = self._group[name]
-            assert isinstance(array, zarr.Array)
-            self._arrays[name] = array.with_config({"write_empty_chunks": True})
+            self._arrays[name] = open_array(self._group, self.spec, self._stored[name])
         return self._arrays[name]
 
 
