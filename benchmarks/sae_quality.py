@@ -12,8 +12,8 @@ from routesae_cache.saes.config import SaeConfig
 from routesae_cache.train import TrainConfig, train
 from stores.reader import StoreReader
 
-COMPARED = ("bf16", "int8", "delta-0.15", "delta-0.20")
-SEEDS, EPOCHS, BATCH_TOKENS = (0, 1), 2, 512
+COMPARED = ("bf16", "delta-0.15", "delta-0.20")
+SEEDS, EPOCHS, BATCH_TOKENS = (0, 1, 2), 2, 512
 SAE = SaeConfig(selector="fixed", coder="topk", layers=(22,), latents=2304, k=32)
 
 

@@ -6,8 +6,11 @@ import typer
 
 from cli.console import handled
 from cli.evaluate import evaluate
+from cli.export import export
 from cli.harvest import harvest
+from cli.import_reference import import_reference
 from cli.store import info, recode, verify
+from cli.sweep import sweep
 from cli.train import train
 
 app = typer.Typer(
@@ -22,7 +25,10 @@ store = typer.Typer(help="Look at, check and convert activation stores.", no_arg
 
 app.command("harvest")(handled(harvest))
 app.command("train")(handled(train))
+app.command("sweep")(handled(sweep))
 app.command("evaluate")(handled(evaluate))
+app.command("export")(handled(export))
+app.command("import-reference")(handled(import_reference))
 store.command("info")(handled(info))
 store.command("verify")(handled(verify))
 store.command("recode")(handled(recode))

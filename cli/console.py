@@ -1,10 +1,11 @@
-"""What commands share: errors as messages, progress bars, numbers for people."""
+"""What commands share: errors as messages, signals, progress bars, numbers for people."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def handled(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             err.print(
                 "\nStopped. What was finished is kept; the same command goes on from there "
-                "(`train` with --resume)."
+                "(`train` and `sweep` with --resume)."
             )
             raise typer.Exit(INTERRUPTED) from None
         except (ValueError, OSError) as error:
@@ -76,9 +77,32 @@ def _log_to_screen() -> None:
 
 
 @contextmanager
-def bar(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields `update(completed, total, note)`, each argument optional."""
-    columns: tuple[Any, ...] = (
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Have the first Ctrl-C or SIGTERM asked for instead of raised; the second one acts at once.
+
+    Yields what tells whether there was one.
+    """
+    asked = False
+
+    def note(*_: Any) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        restore()
+
+
+def bar_columns() -> tuple[Any, ...]:
+    """Of every progress bar; its tasks have a field `note`."""
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
@@ -87,7 +111,12 @@ def bar(description: str, total: float | None = None) -> Iterator[Callable[..., 
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=False) as progress:
+
+
+@contextmanager
+def bar(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields `update(completed, total, note)`, each argument optional."""
+    with Progress(*bar_columns(), console=err, transient=False) as progress:
         task = progress.add_task(description, total=total, note="")
 
         def update(
@@ -115,6 +144,15 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def count(number: float) -> str:
+    """A large number for people."""
+    for unit in ("", " thousand", " million"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:,.3g} billion"
 
 
 def layer_name(layer: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from stores.reader import StoreReader
 from stores.spec import Split
 
 _DEPTH = 2  # batches decoded ahead of use
-_GROUP_BYTES = 192 << 20  # codes that are shuffled together; two groups are in memory
+_GROUP_TOKENS = 1 << 14  # shuffled together, whatever the codec; two groups are in memory
 _BLOCK_VALUES = 1 << 19  # decoded and normalised while they are in the cache
 
 Norm = Literal["token", "none"]
@@ -133,10 +134,7 @@ class BatchSource:
 
     def _group_chunks(self) -> int:
         """Chunks whose codes are in memory together."""
-        codes = self._reader.spec.codec.empty(1, len(self._positions), self._reader.spec.width)
-        token_bytes = sum(values.nbytes for values in codes.values())
-        fitting = _GROUP_BYTES // (token_bytes * self._chunk_tokens())
-        return min(max(1, fitting), len(self._chunks))
+        return min(max(1, _GROUP_TOKENS // self._chunk_tokens()), len(self._chunks))
 
     def _chunk_tokens(self) -> int:
         return self._reader.spec.chunk_rows * self._reader.spec.context
@@ -169,14 +167,15 @@ class BatchSource:
     def _load(self, chunks: NDArray[np.int64], rng: np.random.Generator, buffer: Codes) -> _Group:
         begins = range(0, len(chunks) * self._chunk_tokens(), self._chunk_tokens())
         with ThreadPoolExecutor(2) as pool:
-            parts = list(pool.map(self._load_chunk, map(int, chunks), begins, [buffer] * len(chunks)))
+            load = partial(self._load_chunk, buffer)
+            parts = list(pool.map(load, map(int, chunks), begins))
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         if self._config.shuffle:
             order = rng.permutation(len(columns[0]))
             columns = [column[order] for column in columns]
         return _Group(buffer, *columns)
 
-    def _load_chunk(self, chunk: int, begin: int, buffer: Codes) -> tuple[NDArray[np.int64], ...]:
+    def _load_chunk(self, buffer: Codes, chunk: int, begin: int) -> tuple[NDArray[np.int64], ...]:
         first_row = self._reader.spec.chunk_range(chunk).start
         counted_RT = self._reader.rows(chunk).counted_RT()
         room = {name: v[begin : begin + counted_RT.size] for name, v in buffer.items()}

@@ -1,27 +1,116 @@
-"""The fast paths of the TopK family: encode + select, and sparse decode, with sparse backward.
+"""The fast paths: matrix products, and sparse encode and decode with hand-written backward.
 
-A step needs the encoder's product in full to know which latents are active. Everything after it
-(decode, both weight gradients, the gradient of the values, the bias gradients) involves the active
-(row, latent) pairs alone. All of it is expressed with three primitives over those pairs:
+A TopK step needs the encoder's product in full to know which latents are active. Everything after
+it (decode, both weight gradients, the gradient of the values, the bias gradients) involves the
+active (row, latent) pairs alone, and is expressed with three primitives over those pairs:
 
-- a weighted sum of table rows per bag (`embedding_bag`): decode, and the gradient to the input;
-- a dot product per pair (what `embedding_bag` calls the gradient of its per-sample weights): the
-  gradient of the values, and values recomputed in float32;
-- the first one again over pairs grouped by latent: the gradients of both weight matrices. The
-  pairs are sorted by latent once a step, and both gradients use that order.
+- a weighted sum of table rows per bag (`weighted_rows`): decode, and the gradient to the input;
+- a dot product per pair (`pair_dots`): the gradient of the values;
+- the weighted sum over pairs grouped by latent (`transposed_rows`): both weight gradients.
+
+The pairs are sorted by latent once a step; the last two walk them in that order, which reads each
+row of a weight matrix once.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+import ctypes
+import importlib.util
+import sys
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EncodeDtype = Literal["float32", "bfloat16"]
-CHUNK_ELEMENTS = 1 << 24
-"""Pre-activations held at once while selecting."""
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep large freed blocks for the next allocation, where it is glibc.
+
+    By default every tensor of a few tens of MB is mapped afresh, and the kernel zeroes it page by
+    page: at D=2048, F=16384 that costs more than the sparse gradients themselves. It holds for the
+    whole process, and memory stays at its peak until the process ends; so the training command
+    calls it, the library does not.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def product(left_MD: Tensor, right_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """left @ right.T (+ bias), without gradients; any strides.
+
+    In float32 on a CPU through oneDNN, which is about twice as fast as PyTorch's default (MKL) on
+    processors that are not Intel's, and as fast on those.
+    """
+    if _HAS_ONEDNN and left_MD.device.type == "cpu" and left_MD.dtype == torch.float32:
+        out = torch.ops.mkldnn._linear_pointwise(left_MD, right_FD, bias_F, "none", [], "")
+        return cast(Tensor, out)
+    return F.linear(left_MD, right_FD, bias_F)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MD: Tensor,
+        centre_D: Tensor | None,
+        weight_FD: Tensor,
+        bias_F: Tensor | None,
+    ) -> Tensor:
+        centred_MD = x_MD if centre_D is None else x_MD - centre_D
+        ctx.save_for_backward(centred_MD, weight_FD)
+        return product(centred_MD, weight_FD, bias_F)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor | None, ...]:
+        centred_MD, weight_FD = ctx.saved_tensors
+        needs_x, needs_centre, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_F = grad_MF.sum(0)
+        return (
+            product(grad_MF, weight_FD.t()) if needs_x else None,
+            -(grad_F @ weight_FD) if needs_centre else None,
+            product(grad_MF.t(), centred_MD.t()) if needs_weight else None,
+            grad_F if needs_bias else None,
+        )
+
+
+def linear(
+    x_MD: Tensor, centre_D: Tensor | None, weight_FD: Tensor, bias_F: Tensor | None
+) -> Tensor:
+    """(x − centre) @ weight.T + bias, differentiable; a centre alone costs no input gradient."""
+    out = _Linear.apply(x_MD, centre_D, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
+
+
+class _RowsLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z_MF: Tensor, weight_FD: Tensor, bias_D: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z_MF, weight_FD)
+        return product(z_MF, weight_FD.t(), bias_D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
+        z_MF, weight_FD = ctx.saved_tensors
+        needs_z, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(grad_MD, weight_FD) if needs_z else None,
+            product(z_MF.t(), grad_MD.t()) if needs_weight else None,
+            grad_MD.sum(0) if needs_bias else None,
+        )
+
+
+def dense_decode(z_MF: Tensor, decoder_FD: Tensor, bias_D: Tensor | None) -> Tensor:
+    """z @ decoder (+ bias), differentiable: decode where most latents may be active."""
+    return cast(Tensor, _RowsLinear.apply(z_MF, decoder_FD, bias_D))  # type: ignore[no-untyped-call]
 
 
 class ByLatent(NamedTuple):
@@ -29,6 +118,10 @@ class ByLatent(NamedTuple):
 
     order_P: Tensor
     """Pair numbers, ascending by latent."""
+    row_P: Tensor
+    """The row of each pair, in that order."""
+    index_P: Tensor
+    """The latent of each pair, in that order."""
     offsets_F: Tensor
     """Where each latent's pairs begin in that order."""
 
@@ -46,21 +139,22 @@ class Support:
     def __init__(self, row_P: Tensor, index_P: Tensor, *, rows: int, latents: int) -> None:
         self.row_P, self.index_P = row_P, index_P
         self.rows, self.latents = rows, latents
-        self.offsets_M = _starts(torch.bincount(row_P, minlength=rows))
+        self.offsets_M = _starts(row_P, rows)
         self._by_latent: ByLatent | None = None
 
     def by_latent(self) -> ByLatent:
         """The pairs grouped by latent, sorted once."""
         if self._by_latent is None:
-            order_P = torch.sort(self.index_P, stable=True).indices
-            counts_F = torch.bincount(self.index_P, minlength=self.latents)
-            self._by_latent = ByLatent(order_P, _starts(counts_F))
+            sorted_index_P, order_P = torch.sort(self.index_P, stable=True)
+            offsets_F = _starts(sorted_index_P, self.latents)
+            self._by_latent = ByLatent(order_P, self.row_P[order_P], sorted_index_P, offsets_F)
         return self._by_latent
 
     def regrouped(self, bag_P: Tensor, bags: int) -> Support:
         """The same pairs with other, finer rows; `bag_P` ascending."""
         finer = Support(bag_P, self.index_P, rows=bags, latents=self.latents)
-        finer._by_latent = self.by_latent()
+        order = self.by_latent()
+        finer._by_latent = order._replace(row_P=bag_P[order.order_P])
         return finer
 
 
@@ -71,27 +165,44 @@ def row_support(index_MK: Tensor, latents: int) -> Support:
     return Support(row_P, index_MK.reshape(-1), rows=rows, latents=latents)
 
 
-def _starts(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts
+def _starts(sorted_P: Tensor, bins: int) -> Tensor:
+    return torch.searchsorted(sorted_P, torch.arange(bins, device=sorted_P.device))
 
 
 def weighted_rows(table: Tensor, index_P: Tensor, weight_P: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of weight · table[index] over each bag of pairs, (bags, columns)."""
+    """Sum of weight · table[index] over each bag of pairs, (bags, columns).
+
+    Args:
+        offsets: where each bag begins; a bag ends where the next begins.
+    """
+    if _HAS_TRITON and table.is_cuda:
+        from routesae_cache import triton_kernels
+
+        return triton_kernels.weighted_rows(table, index_P, weight_P, offsets)
     return F.embedding_bag(index_P, table, offsets, mode="sum", per_sample_weights=weight_P)
 
 
 def pair_dots(left_MD: Tensor, table_FD: Tensor, support: Support) -> Tensor:
-    """⟨left[row], table[latent]⟩ of each pair, (P,)."""
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left_MD, table_FD, support.index_P, support.offsets_M, support.row_P, 0, -1
+    """⟨left[row], table[latent]⟩ of each pair, (P,).
+
+    This is what `embedding_bag` calls the gradient of its per-sample weights, with latents as bags.
+    """
+    if _HAS_TRITON and left_MD.is_cuda:
+        from routesae_cache import triton_kernels
+
+        return triton_kernels.pair_dots(left_MD, table_FD, support.row_P, support.index_P)
+    by_latent = support.by_latent()
+    dots_P: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        table_FD, left_MD, by_latent.row_P, by_latent.offsets_F, by_latent.index_P, 0, -1
     )
-    return cast(Tensor, dots)
+    return torch.empty_like(dots_P).scatter_(0, by_latent.order_P, dots_P)
 
 
 def transposed_rows(left_MD: Tensor, weight_P: Tensor, support: Support) -> Tensor:
     """Sum of weight · left[row] over the pairs of each latent, (F, D): a weight gradient."""
-    order_P, offsets_F = support.by_latent()
-    return weighted_rows(left_MD, support.row_P[order_P], weight_P[order_P], offsets_F)
+    by_latent = support.by_latent()
+    weight_sorted_P = weight_P[by_latent.order_P]
+    return weighted_rows(left_MD, by_latent.row_P, weight_sorted_P, by_latent.offsets_F)
 
 
 class _ChosenValues(torch.autograd.Function):
@@ -108,14 +219,13 @@ class _ChosenValues(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(centred_MD, encoder_FD)
         ctx.support = support
-        return value_P
+        return value_P.view_as(value_P)
 
     @staticmethod
     def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
         centred_MD, encoder_FD = ctx.saved_tensors
         support: Support = ctx.support
-        grad_P = grad_P.contiguous()
-        grad_latent_bias_F = torch.zeros_like(encoder_FD[:, 0]).index_add_(
+        grad_latent_bias_F = grad_P.new_zeros(support.latents).index_add_(
             0, support.index_P, grad_P
         )
         grad_encoder_FD = transposed_rows(centred_MD, grad_P, support)
@@ -166,10 +276,13 @@ class _SparseDecode(torch.autograd.Function):
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         value_P, decoder_FD = ctx.saved_tensors
         grad_MD = grad_MD.contiguous()
-        grad_value_P = pair_dots(grad_MD, decoder_FD, ctx.support)
-        grad_decoder_FD = transposed_rows(grad_MD, value_P, ctx.support)
-        grad_bias_D = grad_MD.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_value_P, grad_decoder_FD, grad_bias_D, None
+        needs_value, needs_decoder, needs_bias, _ = ctx.needs_input_grad
+        return (
+            pair_dots(grad_MD, decoder_FD, ctx.support) if needs_value else None,
+            transposed_rows(grad_MD, value_P, ctx.support) if needs_decoder else None,
+            grad_MD.sum(0) if needs_bias else None,
+            None,
+        )
 
 
 def sparse_decode(
@@ -178,71 +291,3 @@ def sparse_decode(
     """Sum of value · decoder row over each row's pairs, plus a bias; differentiable, (rows, D)."""
     decoded = _SparseDecode.apply(value_P, decoder_FD, bias_D, support)  # type: ignore[no-untyped-call]
     return cast(Tensor, decoded)
-
-
-class Selected(NamedTuple):
-    """Pre-activations chosen in each row, without gradients."""
-
-    index_MK: Tensor
-    """int64."""
-    value_MK: Tensor
-    """float32 whatever dtype selected them."""
-
-
-@torch.no_grad()
-def select_topk(
-    centred_MD: Tensor,
-    encoder_FD: Tensor,
-    bias_F: Tensor,
-    k: int,
-    encode_dtype: EncodeDtype = "float32",
-) -> Selected:
-    """The k largest of W_e (x − b_pre) + b_lat in each row.
-
-    Args:
-        encode_dtype: `bfloat16` selects on a bfloat16 product and recomputes the chosen values.
-    """
-    low = getattr(torch, encode_dtype) if encode_dtype != "float32" else centred_MD.dtype
-    weight_DF = encoder_FD.to(low).T
-    bias_low_F = bias_F.to(low)
-    rows = max(1, CHUNK_ELEMENTS // encoder_FD.shape[0])
-    tops = [
-        torch.addmm(bias_low_F, chunk.to(low), weight_DF).topk(k, sorted=False)
-        for chunk in torch.split(centred_MD, rows)
-    ]
-    index_MK = torch.cat([top.indices for top in tops])
-    value_MK = torch.cat([top.values for top in tops])
-    if low is centred_MD.dtype:
-        return Selected(index_MK, value_MK)
-    support = row_support(index_MK, encoder_FD.shape[0])
-    value_P = pair_dots(centred_MD, encoder_FD, support) + bias_F[support.index_P]
-    return Selected(index_MK, value_P.view_as(index_MK))
-
-
-class SelectedPairs(NamedTuple):
-    """Pre-activations chosen over a batch, without gradients; ascending by row, then latent."""
-
-    row_P: Tensor
-    index_P: Tensor
-    value_P: Tensor
-
-
-@torch.no_grad()
-def select_batchtopk(
-    centred_MD: Tensor,
-    encoder_FD: Tensor,
-    bias_F: Tensor,
-    k: int,
-    encode_dtype: EncodeDtype = "float32",
-) -> SelectedPairs:
-    """The M·k largest of W_e (x − b_pre) + b_lat over the whole batch (Bussmann et al. 2024)."""
-    low = getattr(torch, encode_dtype) if encode_dtype != "float32" else centred_MD.dtype
-    latents = encoder_FD.shape[0]
-    pre_MF = torch.addmm(bias_F.to(low), centred_MD.to(low), encoder_FD.to(low).T)
-    position_P = pre_MF.view(-1).topk(centred_MD.shape[0] * k, sorted=False).indices.sort().values
-    row_P, index_P = position_P // latents, position_P % latents
-    if low is centred_MD.dtype:
-        return SelectedPairs(row_P, index_P, pre_MF.view(-1)[position_P])
-    support = Support(row_P, index_P, rows=centred_MD.shape[0], latents=latents)
-    value_P = pair_dots(centred_MD, encoder_FD, support) + bias_F[index_P]
-    return SelectedPairs(row_P, index_P, value_P)

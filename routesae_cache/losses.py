@@ -98,56 +98,43 @@ def score_term(nmse_M: Tensor, log_probability_M: Tensor) -> Tensor:
 
 
 def mean_l1(value_MF: Tensor) -> Tensor:
-    """mean |z| over vectors and latents (RouteSAE's Vanilla, Gated and Crosscoder)."""
-    return value_MF.abs().mean()
+    """mean |z| over vectors and latents, for z ≥ 0 (RouteSAE's Vanilla, Gated and Crosscoder)."""
+    return value_MF.mean()
 
 
-class JumpReLU(torch.autograd.Function):
-    """u · 1[u > θ], with the rectangle-kernel pseudo-derivative in θ (Rajamanoharan et al. 2024,
-    "Jumping Ahead", eq. 11): −(θ/ε) K((u − θ)/ε)."""
-
+class _JumpReluAndL0(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+    def forward(
+        ctx: Any, pre_MF: Tensor, threshold_F: Tensor, bandwidth: float
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(pre_MF, threshold_F)
         ctx.bandwidth = bandwidth
-        return torch.where(pre_MF > threshold_F, pre_MF, 0.0)
+        above_MF = (pre_MF > threshold_F).to(pre_MF.dtype)
+        return pre_MF * above_MF, above_MF.sum() / pre_MF.shape[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_MF: Tensor, grad_l0: Tensor) -> tuple[Tensor, Tensor, None]:
         pre_MF, threshold_F = ctx.saved_tensors
-        grad_pre_MF = torch.where(pre_MF > threshold_F, grad_MF, 0.0)
-        near_MF = (pre_MF - threshold_F).abs() < ctx.bandwidth / 2
-        summed_F = torch.where(near_MF, grad_MF, 0.0).sum(0)
-        return grad_pre_MF, -threshold_F / ctx.bandwidth * summed_F, None
+        near_MF = ((pre_MF - threshold_F).abs_() < ctx.bandwidth / 2).to(pre_MF.dtype)
+        count_F = near_MF.sum(0)
+        value_F = near_MF.mul_(grad_MF).sum(0)
+        grad_threshold_F = threshold_F * value_F + count_F * grad_l0 / pre_MF.shape[0]
+        return grad_MF * (pre_MF > threshold_F), -grad_threshold_F / ctx.bandwidth, None
 
 
-class StepL0(torch.autograd.Function):
-    """Mean over vectors of the number of pre-activations above θ; the gradient reaches θ alone
-    (Rajamanoharan et al. 2024, eq. 12): −(1/ε) K((u − θ)/ε). Taken from the pre-activations, where
-    the RouteSAE authors take it from latents already cut at θ."""
+def jumprelu_and_l0(pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """u · 1[u > θ], and the mean over vectors of the number of pre-activations u above θ.
 
-    @staticmethod
-    def forward(ctx: Any, pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre_MF, threshold_F)
-        ctx.bandwidth = bandwidth
-        return (pre_MF > threshold_F).sum().to(pre_MF.dtype) / pre_MF.shape[0]
+    In θ both have the pseudo-derivatives of Rajamanoharan et al. 2024 ("Jumping Ahead", eqs. 11 and
+    12) with the rectangle kernel K: −(θ/ε) K((u − θ)/ε) and −(1/ε) K((u − θ)/ε). The L0 has no
+    gradient in u. It is taken from the pre-activations, where the RouteSAE authors take it from
+    latents already cut at θ.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        pre_MF, threshold_F = ctx.saved_tensors
-        near_MF = (pre_MF - threshold_F).abs() < ctx.bandwidth / 2
-        count_F = near_MF.sum(0).to(grad.dtype)
-        return None, -grad * count_F / (ctx.bandwidth * pre_MF.shape[0]), None
-
-
-def jumprelu(pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-    """See `JumpReLU`."""
-    return cast(Tensor, JumpReLU.apply(pre_MF, threshold_F, bandwidth))  # type: ignore[no-untyped-call]
-
-
-def step_l0(pre_MF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-    """See `StepL0`."""
-    return cast(Tensor, StepL0.apply(pre_MF, threshold_F, bandwidth))  # type: ignore[no-untyped-call]
+    Args:
+        bandwidth: ε, the width of K.
+    """
+    value_MF, l0 = _JumpReluAndL0.apply(pre_MF, threshold_F, bandwidth)  # type: ignore[no-untyped-call]
+    return value_MF, l0
 
 
 def geometric_median(vectors_MD: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

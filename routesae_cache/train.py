@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from routesae_cache.batches import BatchConfig, BatchSource, Norm, first_tokens
-from routesae_cache.checkpoint import (
-    CONFIG,
-    FAILED,
-    METRICS,
-    WEIGHTS,
-    RunConfig,
-    RunError,
-    load_checkpoint,
-    read_config,
-    save_checkpoint,
-    save_weights,
-    write_json,
-)
-from routesae_cache.losses import normalise_scalar, normalise_token
-from routesae_cache.optim import build_optimizer, lr_factor, set_lr
+from routesae_cache.batches import Batch, BatchConfig, BatchSource, Norm, first_tokens
+from routesae_cache.checkpoint import RunConfig
+from routesae_cache.loggers import LogConfig, LoggerError, prepare_loggers
+from routesae_cache.runs import Asked, Run, RunState, Stream, check_folder, run_names, settled
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.saes.output import SaeOutput
-from routesae_cache.saes.registry import build_sae, short_name
 from stores.reader import StoreReader
 from stores.stats import split_stats
 
-logger = logging.getLogger(__name__)
 _BIAS_SAMPLE = 2048
 _LARGEST_BATCH, _SMALLEST_BATCH, _FEWEST_STEPS = 32768, 256, 1000
 
@@ -55,12 +34,15 @@ class TrainConfig:
     """None: 64 rows of 512 as in the paper, or what leaves a small store about 1000 steps."""
     lr: float = 5e-4
     seed: int = 42
+    """Of the order of the tokens."""
     device: str = "cpu"
     resume: bool = False
-    """Go on with runs that were interrupted, and leave those that have ended alone."""
+    """Go on with runs that were interrupted, and leave those that have ended or failed alone."""
     log_every: int | None = None
     """Steps between lines of metrics.jsonl; None: about 200 lines a run."""
     checkpoint_seconds: float = 120.0
+    log: LogConfig = field(default_factory=LogConfig)
+    """Loggers beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "tokens", "batch_tokens", "log_every"):
@@ -69,18 +51,26 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a positive number, found {self.lr}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected a number from 0 on, found {self.seed}")
+        if not 0 <= self.checkpoint_seconds < math.inf:
+            raise ValueError(f"checkpoint_seconds: found {self.checkpoint_seconds}")
 
 
 @dataclass(frozen=True)
-class RunState:
-    """How one SAE of the pass is doing."""
+class TrainStart:
+    """What a pass is about to do."""
 
-    name: str
-    status: Literal["training", "done", "failed"]
+    saes: int
+    """To be trained; runs that have ended do not count."""
+    parameters: int
+    """Of all of them together."""
     step: int
-    nmse: float
-    l0: float
-    dead_share: float
+    """Steps taken already."""
+    total_steps: int
+    batch_tokens: int
+    layers: tuple[int, ...]
+    """Read from the store."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +80,7 @@ class TrainProgress:
     step: int
     total_steps: int
     tokens: int
+    """Read in this call."""
     runs: Sequence[RunState]
 
 
@@ -102,55 +93,129 @@ class TrainResult:
     tokens: int
     """Read in this call."""
     seconds: float
-
-
-Progress = Callable[[TrainProgress], None]
+    interrupted: bool
+    """It was stopped before the last step; `resume` goes on."""
 
 
 def train(
     reader: StoreReader,
-    saes: Sequence[tuple[SaeConfig, int]],
+    saes: Sequence[Asked | tuple[SaeConfig, int]],
     config: TrainConfig,
-    progress: Progress = lambda _: None,
+    progress: Callable[[TrainProgress], None] = lambda _: None,
+    *,
+    on_start: Callable[[TrainStart], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
-    """Train each (configuration, seed) on the store's train split, all from the same batches.
+    """Train each SAE on the store's train split, all of them from the same batches.
 
-    A run whose loss is not finite is stopped and marked, the others go on. Raises RunError where
-    a run's directory is there already with other settings, or unfinished without `resume`.
+    A run whose loss is not finite is stopped and marked, the others go on.
+
+    Args:
+        saes: each with its seed.
+        progress: called after every step.
+        on_start: called once, before the first batch is read, if there is anything to train.
+        stopped: asked after every step; once it is true, checkpoints are written and the pass ends.
+
+    Raises:
+        RunError: where a run's directory is there already with other settings, or unfinished
+            without `resume`.
+        ValueError: for layers that the store lacks, SAEs asked for twice, or loggers that cannot
+            be had; all of it before any work.
+        LoggerError: where a logger breaks down; checkpoints are written first.
     """
-    plan = _Plan(reader, saes, config)
-    folders = [config.out / c.name for c in plan.runs]
-    for folder, run_config in zip(folders, plan.runs, strict=True):
-        _check_folder(folder, run_config, config.resume)
-    runs = [_Run(f, c, config) for f, c in zip(folders, plan.runs, strict=True)]
-    live = [run for run in runs if run.state.status == "training"]
-    if not live:
-        return TrainResult([run.state for run in runs], folders, 0, 0.0)
-    plan.initialise_biases([run for run in live if run.step == 0])
-    begin, start = time.perf_counter(), min(run.step for run in live)
-    with plan.source.batches(start) as batches:
-        _loop(plan, live, runs, batches, start, progress)
-    seconds = time.perf_counter() - begin
-    tokens = (plan.total_steps - start) * plan.batch_tokens
-    return TrainResult([run.state for run in runs], folders, tokens, seconds)
+    plan = _Plan(reader, [Asked(*each) for each in saes], config)
+    open_loggers = prepare_loggers(config.log, len(plan.runs))
+    for folder, run_config in zip(plan.folders, plan.runs, strict=True):
+        check_folder(folder, run_config, config.resume)
+    with ExitStack() as closing:
+        runs: list[Run | RunState] = []
+        for folder, run_config in zip(plan.folders, plan.runs, strict=True):
+            if state := settled(folder, run_config.name):
+                runs.append(state)
+                continue
+            run = Run(folder, run_config, plan.stream, open_loggers)
+            closing.callback(run.close)
+            runs.append(run)
+        return _train(plan, runs, progress, on_start, stopped)
+
+
+def _train(
+    plan: _Plan,
+    runs: Sequence[Run | RunState],
+    progress: Callable[[TrainProgress], None],
+    on_start: Callable[[TrainStart], None],
+    stopped: Callable[[], bool],
+) -> TrainResult:
+    live = [run for run in runs if isinstance(run, Run)]
+    begin = time.perf_counter()
+    start = step = min((run.step for run in live), default=plan.total_steps)
+
+    def report(step: int) -> None:
+        tokens = (step - start) * plan.batch_tokens
+        progress(TrainProgress(step, plan.total_steps, tokens, _states(runs)))
+
+    if live:
+        on_start(plan.start_of(live, start))
+        plan.initialise_biases([run for run in live if run.step == 0])
+        with plan.source.batches(start) as batches:
+            try:
+                step = _lockstep(plan, live, batches, start, report, stopped)
+            except LoggerError:
+                _save(live)
+                raise
+    return TrainResult(
+        runs=_states(runs),
+        folders=plan.folders,
+        tokens=(step - start) * plan.batch_tokens,
+        seconds=time.perf_counter() - begin,
+        interrupted=any(state.status == "interrupted" for state in _states(runs)),
+    )
+
+
+def _lockstep(
+    plan: _Plan,
+    live: list[Run],
+    batches: Iterator[Batch],
+    start: int,
+    report: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> int:
+    """Every step of a pass; returns the one at which it ended."""
+    began = saved = time.perf_counter()
+    step, last = start, plan.total_steps
+    for step, batch in zip(range(start + 1, last + 1), batches, strict=False):
+        logging_step = step % plan.log_every == 0 or step == last
+        for run in live:
+            if run.step >= step:  # its checkpoint is newer than another's
+                continue
+            output = run.update(batch.x_NLD)
+            if logging_step:
+                run.log(output, time.perf_counter() - began)
+        live = [run for run in live if run.state.status == "training"]
+        if time.perf_counter() - saved > plan.config.checkpoint_seconds:
+            _save(live)
+            saved = time.perf_counter()
+        report(step)
+        if not live or stopped():
+            break
+    for run in live:
+        run.end() if step == last else run.interrupt()
+    return step
 
 
 class _Plan:
     """Settings that follow from the store and the SAEs together."""
 
-    def __init__(
-        self,
-        reader: StoreReader,
-        saes: Sequence[tuple[SaeConfig, int]],
-        config: TrainConfig,
-    ) -> None:
+    def __init__(self, reader: StoreReader, asked: Sequence[Asked], config: TrainConfig) -> None:
         self.reader, self.config = reader, config
-        self.layers = tuple(sorted({layer for sae, _ in saes for layer in sae.layers}))
-        self.norm: Norm = "token" if all(s.norm == "token" for s, _ in saes) else "none"
+        # those of ended runs, too: which layers are read has a part in the order of the tokens
+        layers = tuple(sorted({layer for each in asked for layer in each.sae.layers}))
+        norm: Norm = "token" if all(each.sae.norm == "token" for each in asked) else "none"
+        self.stream = Stream(layers, norm, config.device)
         everything = BatchConfig(
-            layers=self.layers,
+            layers=layers,
             batch_tokens=config.batch_tokens or 1,
-            norm=self.norm,
+            norm=norm,
             seed=config.seed,
             epochs=config.epochs,
             device=config.device,
@@ -165,226 +230,60 @@ class _Plan:
             )
         self.source = BatchSource(reader, replace(everything, batch_tokens=self.batch_tokens))
         self.log_every = config.log_every or max(1, self.total_steps // 200)
-        self.runs = self._run_configs(saes)
+        self.runs = self._run_configs(asked)
+        self.folders = [config.out / run.name for run in self.runs]
 
-    def _run_configs(self, saes: Sequence[tuple[SaeConfig, int]]) -> list[RunConfig]:
+    def _run_configs(self, asked: Sequence[Asked]) -> list[RunConfig]:
         spec = self.reader.spec
         mean_square_L = split_stats(self.reader, "train").mean_square_L
-        runs = [
+        return [
             RunConfig(
-                name=run_name(sae, seed),
-                sae=sae,
+                name=name,
+                sae=each.sae,
                 width=spec.width,
-                seed=seed,
-                lr=self.config.lr,
+                seed=each.seed,
+                lr=self.config.lr if each.lr is None else each.lr,
                 batch_tokens=self.batch_tokens,
                 total_steps=self.total_steps,
                 epochs=self.config.epochs,
                 store=str(self.reader.path),
                 store_spec=spec.to_dict(),
-                mean_square=float(mean_square_L[list(spec.positions(sae.layers))].mean()),
+                mean_square=float(mean_square_L[list(spec.positions(each.sae.layers))].mean()),
             )
-            for sae, seed in saes
+            for name, each in zip(run_names(asked), asked, strict=True)
         ]
-        names = [run.name for run in runs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"the same SAE is asked for twice: {', '.join(twice)}")
-        return runs
 
-    def initialise_biases(self, runs: Sequence[_Run]) -> None:
+    def start_of(self, runs: Sequence[Run], step: int) -> TrainStart:
+        return TrainStart(
+            saes=len(runs),
+            parameters=sum(run.parameters for run in runs),
+            step=step,
+            total_steps=self.total_steps,
+            batch_tokens=self.batch_tokens,
+            layers=self.stream.layers,
+        )
+
+    def initialise_biases(self, runs: Sequence[Run]) -> None:
         """Start b_pre from a sample of the data, where a run asks for it."""
         if all(run.config.sae.init_bias == "zero" for run in runs):
             return
+        layers, norm, device = self.stream
         sample_NLD = first_tokens(
-            self.reader,
-            self.layers,
-            "train",
-            _BIAS_SAMPLE,
-            norm=self.norm,
-            seed=self.config.seed,
-        ).to(self.config.device)
+            self.reader, layers, "train", _BIAS_SAMPLE, norm=norm, seed=self.config.seed
+        ).to(device)
         for run in runs:
-            run.sae.initialise_bias(run.view(sample_NLD, self))
+            run.sae.initialise_bias(run.view(sample_NLD))
 
 
-class _Run:
-    """One SAE of the pass with its optimiser, its place and its files."""
-
-    def __init__(self, folder: Path, config: RunConfig, train_config: TrainConfig) -> None:
-        self.folder, self.config = folder, config
-        ended = (folder / WEIGHTS).exists()
-        self.state = RunState(
-            config.name, "done" if ended else "training", 0, math.nan, math.nan, 0
-        )
-        if ended:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, config.to_dict())
-        (folder / FAILED).unlink(missing_ok=True)
-        sae = build_sae(config.sae, config.width, config.seed)
-        self.sae = sae.to(train_config.device).train()
-        self.optimizer = build_optimizer(self.sae.parameters(), config.lr)
-        self.step = load_checkpoint(folder, self.sae, self.optimizer)
-        self.seconds = _drop_metrics_after(folder / METRICS, self.step)
-
-    def view(self, x_NLD: Tensor, plan: _Plan) -> Tensor:
-        """The layers this SAE reads, normalised as it asks."""
-        sae = self.config.sae
-        if sae.layers != plan.layers:
-            wanted = [plan.layers.index(layer) for layer in sae.layers]
-            first, last = wanted[0], wanted[-1]
-            contiguous = last - first + 1 == len(wanted)
-            x_NLD = x_NLD[:, first : last + 1] if contiguous else x_NLD[:, wanted]
-        if plan.norm == "token" or sae.norm == "none":
-            return x_NLD
-        if sae.norm == "token":
-            return normalise_token(x_NLD).x
-        return normalise_scalar(x_NLD, self.config.mean_square)
-
-    def update(self, x_NLD: Tensor) -> SaeOutput:
-        """One training step."""
-        set_lr(self.optimizer, self.config.lr * lr_factor(self.step, self.config.total_steps))
-        output: SaeOutput = self.sae(x_NLD)
-        output.loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.sae.after_step(self.step)
-        return output
-
-    def log(self, output: SaeOutput, seconds: float) -> None:
-        """Append a line of metrics; gives the run up where its loss is not finite."""
-        loss = float(output.loss.detach())
-        record = _metrics(self, output) | {"seconds": round(self.seconds + seconds, 3)}
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        finite = math.isfinite(loss)
-        self.state = RunState(
-            self.config.name,
-            "training" if finite else "failed",
-            self.step,
-            record["nmse"],
-            record["l0"],
-            record["dead_share"],
-        )
-        if not finite:
-            reason = f"the loss was {loss} at step {self.step}"
-            write_json(self.folder / FAILED, {"step": self.step, "reason": reason})
-            logger.error("%s: %s; the run was stopped", self.config.name, reason)
-
-    def end(self) -> None:
-        """Write the finished SAE."""
-        self.sae.finish()
-        save_weights(self.folder, self.sae)
-        self.state = replace(self.state, status="done")
+def _save(runs: Sequence[Run]) -> None:
+    for run in runs:
+        run.save()
 
 
-def _loop(
-    plan: _Plan,
-    live: list[_Run],
-    runs: list[_Run],
-    batches: Any,
-    start: int,
-    progress: Progress,
-) -> None:
-    began = saved = time.perf_counter()
-    for number, batch in zip(range(start, plan.total_steps), batches, strict=False):
-        logging_step = (number + 1) % plan.log_every == 0 or number + 1 == plan.total_steps
-        for run in live:
-            if run.step > number:  # its checkpoint is newer than another's
-                continue
-            output = run.update(run.view(batch.x_NLD, plan))
-            if logging_step:
-                run.log(output, time.perf_counter() - began)
-        live = [run for run in live if run.state.status == "training"]
-        if not live:
-            break
-        if time.perf_counter() - saved > plan.config.checkpoint_seconds:
-            for run in live:
-                save_checkpoint(run.folder, run.sae, run.optimizer, run.step)
-            saved = time.perf_counter()
-        done = number + 1
-        progress(
-            TrainProgress(
-                done, plan.total_steps, done * plan.batch_tokens, [run.state for run in runs]
-            )
-        )
-    for run in live:
-        run.end()
-
-
-def run_name(sae: SaeConfig, seed: int) -> str:
-    """Directory name of a run: its architecture, what sets it apart, sizes and seed."""
-    _, *details = sae.name.split(" ")
-    parts = [short_name(sae.selector, sae.coder), *(d.replace("=", "") for d in details)]
-    if sae.norm != "token":
-        parts.append(sae.norm)
-    return "_".join([*parts, f"f{sae.latents}", f"s{seed}"])
+def _states(runs: Sequence[Run | RunState]) -> list[RunState]:
+    return [run.state if isinstance(run, Run) else run for run in runs]
 
 
 def _batch_tokens(tokens: int) -> int:
     wanted = 1 << int(math.log2(max(tokens / _FEWEST_STEPS, 1)))
     return min(max(wanted, _SMALLEST_BATCH), _LARGEST_BATCH)
-
-
-def _check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
-    if not folder.exists():
-        parent = folder.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(parent, os.W_OK):
-            raise RunError(f"{parent} cannot be written to")
-        return
-    if not (folder / CONFIG).exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RunError(f"{folder} is there already and is not a run; choose another --out")
-    if (folder / CONFIG).exists():
-        if differences := read_config(folder).differences(config):
-            raise RunError(
-                f"{folder} was trained with other settings; choose another --out or remove it:\n  "
-                + "\n  ".join(differences)
-            )
-        if not resume:
-            state = "has ended" if (folder / WEIGHTS).exists() else "was interrupted"
-            raise RunError(
-                f"{folder}: this run {state}; --resume goes on with interrupted runs and "
-                "leaves ended ones alone"
-            )
-
-
-def _drop_metrics_after(path: Path, step: int) -> float:
-    """Keep the lines up to a step; returns the seconds of training they account for."""
-    if not path.exists():
-        return 0.0
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line, cut off by a kill
-            break
-        if record["step"] <= step:
-            kept.append(record)
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
-    return float(kept[-1]["seconds"]) if kept else 0.0
-
-
-def _metrics(run: _Run, output: SaeOutput) -> dict[str, Any]:
-    sae, config = run.sae, run.config
-    n_tokens = config.batch_tokens
-    dead_F = sae.tokens_since_fired_F >= sae.config.dead_window_tokens
-    record: dict[str, Any] = {
-        "step": run.step,
-        "tokens": run.step * n_tokens,
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "loss": float(output.loss.detach()),
-        "nmse": float(output.nmse_M.mean()),
-        "l0": float(output.latents.l0_M().float().mean()),
-        "dead_share": float(dead_F.float().mean()),
-        "terms": {name: float(value) for name, value in output.terms.items()},
-    }
-    if output.router_NL is not None:
-        p_NL = output.router_NL
-        record["router_entropy"] = float(torch.special.entr(p_NL).sum(-1).mean())
-        record["router_share"] = p_NL.mean(0).tolist()
-    if output.layer_M is not None and len(config.sae.layers) > 1:
-        use_L = torch.bincount(output.layer_M, minlength=len(config.sae.layers))
-        record["layer_use"] = (use_L / output.layer_M.numel()).tolist()
-    return record

@@ -297,7 +297,7 @@ def _std(x_ND: Float32) -> Float32:
 
 def _max_abs(x_ND: Float32) -> Float32:
     largest: Float32 = np.maximum(x_ND.max(axis=1), -x_ND.min(axis=1))
-    return largest
+    return np.abs(largest)  # of zeros it is not -0
 
 
 def _inverse(scale_N: Float32) -> Float32:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from stores.chunk_files import read_chunk_file
@@ -40,10 +39,12 @@ class StoreReader:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.spec = read_spec(self.path)
-        self._group = open_group(self.path, "r")
+        group = open_group(self.path, "r")
         self._stored = {stored.name: stored for stored in stored_arrays(self.spec)}
+        self._arrays = {
+            name: open_array(group, self.spec, stored) for name, stored in self._stored.items()
+        }
         self._digested = {name: i for i, name in enumerate(digested(self.spec))}
-        self._arrays: dict[str, zarr.Array[Any]] = {}
         self.committed = committed_chunks(self.path, self.spec)
         """Chunks committed when the store was opened."""
 
@@ -130,7 +131,7 @@ class StoreReader:
     def _read(
         self, name: str, chunk: int, where: int | slice, digests: NDArray[np.uint32] | None
     ) -> NDArray[Any]:
-        array = self._array(name)
+        array = self._arrays[name]
         if not self._stored[name].chunk_file(self.path, chunk).exists():  # zarr would read zeros
             raise CorruptChunkError(self.path, chunk, name, "the file is missing")
         try:
@@ -144,7 +145,6 @@ class StoreReader:
         """All rows of a chunk, those beyond the end of the array included."""
         stored = self._stored[name]
         shape = stored.chunk_shape(self.spec)
-        self._array(name)  # is what the format says
         try:
             file = stored.chunk_file(self.path, chunk)
             values = read_chunk_file(file, stored.dtype, shape, stored.compression)
@@ -159,8 +159,3 @@ class StoreReader:
     ) -> None:
         if digests is not None and checksum(values) != digests[self._digested[name]]:
             raise CorruptChunkError(self.path, chunk, name, "the values are not the ones written")
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._arrays:
-            self._arrays[name] = open_array(self._group, self.spec, self._stored[name])
-        return self._arrays[name]

@@ -33,8 +33,9 @@ def recode(
     """
     reader = StoreReader(source)
     spec = dataclasses.replace(reader.spec, codec=codec)
+    empty = dataclasses.replace(spec, eval_rows=0, train_rows=0, eval_tokens=0, train_tokens=0)
     committed = set(reader.committed)
-    with _open_target(target, dataclasses.replace(spec, eval_rows=0, train_rows=0)) as out:
+    with _open_target(target, empty) as out:
         if out.spec.rows < spec.rows:
             for chunk in range(spec.chunks):
                 out.write_rows(chunk, reader.rows(chunk, check=chunk in committed))

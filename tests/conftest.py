@@ -21,6 +21,8 @@ import tokenizers
 import torch
 import transformers
 
+torch.set_num_threads(1)  # of tiny tensors: more would only wait for each other
+
 # a busy machine is no failure
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")

@@ -23,10 +23,10 @@ def reader(tiny_model_dir: Path, tiny_corpus: Path, tmp_path_factory: Any) -> St
     return run(config(tiny_model_dir, tiny_corpus, tmp_path_factory.mktemp("b") / "s.zarr"))
 
 
-@pytest.fixture(params=[1 << 30, 6000], ids=["one group", "many groups"], autouse=True)
-def group_bytes(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[1 << 30, 128], ids=["one group", "many groups"], autouse=True)
+def group_tokens(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All chunks shuffled together, or one or two at a time."""
-    monkeypatch.setattr(batches_module, "_GROUP_BYTES", request.param)
+    monkeypatch.setattr(batches_module, "_GROUP_TOKENS", request.param)
 
 
 def collect(reader: StoreReader, start: int = 0, **options: Any) -> list[Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ from tests.pipeline_helpers import array_files
 
 HARVEST = ["--tokens", "300", "--eval-tokens", "60", "--context", "16", "--chunk-rows", "4"]
 SMALL = ["--layers", "1-3", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """Commands send the library's messages to the screen; other tests want them elsewhere."""
+    yield
+    for name in ("routesae_cache", "stores"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 def routesae(*arguments: object) -> Result:

@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from routesae_cache.optim import build_optimizer
-from routesae_cache.saes import FlatLatents, RowLatents, Sae, SaeConfig, build_sae
 from routesae_cache.saes.config import TOPK_FAMILY
+from tests.sae_grid import (
+    GRID,
+    SAMPLED,
+    D,
+    F,
+    K,
+    L,
+    N,
+    make_config,
+    make_sae,
+    randomise,
+    sparse_data,
+    train,
+)
 from tests.sae_reference import reference_loss
-
-N, L, D, F, K = 24, 3, 10, 40, 4
-
-SELECTORS: dict[str, dict[str, Any]] = {
-    "fixed": {"selector": "fixed", "layers": (5,)},
-    "route-factor": {"selector": "route"},
-    "route-straight-through": {"selector": "route", "route_estimator": "straight-through"},
-    "route-score": {"selector": "route", "route_estimator": "score"},
-    "route-mean": {"selector": "route", "aggregate": "mean"},
-    "route-soft": {"selector": "route", "hard": False},
-    "random": {"selector": "random"},
-    "every": {"selector": "every"},
-}
-CODERS: dict[str, dict[str, Any]] = {
-    "relu": {"coder": "relu", "sparsity_weight": 0.3},
-    "gated": {"coder": "gated", "sparsity_weight": 0.3},
-    "gated-authors": {"coder": "gated", "sparsity_weight": 0.3, "gated_aux": "authors"},
-    "topk": {"coder": "topk", "k": K},
-    "batchtopk": {"coder": "batchtopk", "k": K},
-    "jumprelu": {
-        "coder": "jumprelu",
-        "sparsity_weight": 0.01,
-        "bandwidth": 0.4,
-        "initial_threshold": 0.2,
-    },
-    "matryoshka": {"coder": "matryoshka", "k": K, "group_sizes": (6, 10, 24)},
-}
-CROSSCODERS: dict[str, dict[str, Any]] = {
-    "crosscoder-relu": CODERS["relu"],
-    "crosscoder-relu-norm": CODERS["relu"] | {"crosscoder_weighting": "decoder-norm"},
-    "crosscoder-relu-unbiased": CODERS["relu"] | {"crosscoder_bias": False},
-    "crosscoder-topk": CODERS["topk"],
-    "crosscoder-batchtopk": CODERS["batchtopk"],
-    "crosscoder-batchtopk-norm": CODERS["batchtopk"] | {"crosscoder_weighting": "decoder-norm"},
-}
-GRID: dict[str, dict[str, Any]] = {
-    f"{s}+{c}": SELECTORS[s] | CODERS[c] for s in SELECTORS for c in CODERS
-} | {name: {"selector": "all"} | options for name, options in CROSSCODERS.items()}
-
-
-SAMPLED = re.compile("batch|matryoshka|random|score")
-"""Architectures whose training differs from inference by design."""
-
-
-def make_config(name: str, **changes: Any) -> SaeConfig:
-    return SaeConfig(**({"layers": (2, 3, 5), "latents": F} | GRID[name] | changes))
-
-
-def make_sae(name: str, seed: int = 0, **changes: Any) -> Sae:
-    return build_sae(make_config(name, **changes), D, seed)
-
-
-def sparse_data(config: SaeConfig, tokens: int, seed: int = 1) -> Tensor:
-    """Tokens that are sparse mixtures of fixed directions, slightly different in every layer."""
-    generator = torch.Generator().manual_seed(7)
-    directions_AD = torch.randn(30, D, generator=generator)
-    generator.manual_seed(seed)
-    shape = (tokens, len(config.layers), 30)
-    code_NLA = torch.rand(shape, generator=generator) * (
-        torch.rand(tokens, 1, 30, generator=generator) < 0.1
-    )
-    noise_NLD = 0.3 * torch.randn(tokens, len(config.layers), D, generator=generator)
-    return code_NLA @ directions_AD * 2 + noise_NLD
-
-
-def randomise(sae: Sae) -> None:
-    """Move every parameter off its special starting value, so that no gradient is trivially 0."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.add_(0.05 * noise)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -260,19 +197,6 @@ def test_strict_loading_names_the_tensor(name: str) -> None:
         sae.load_state_dict(state)
 
 
-def train(sae: Sae, steps: int) -> list[float]:
-    optimizer = build_optimizer(sae.parameters(), lr=5e-3)
-    losses = []
-    for step in range(1, steps + 1):
-        out = sae(sparse_data(sae.config, 64, seed=step))
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        sae.after_step(step)
-        losses.append(out.loss.item())
-    return losses
-
-
 def test_loss_falls(name: str) -> None:
     losses = train(make_sae(name), steps=25)
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
@@ -337,90 +261,3 @@ def test_forced_layers(name: str) -> None:
     same_N = own.layer_M == layer_N
     assert 0 < same_N.sum() < N
     torch.testing.assert_close(out.nmse_M[same_N], own.nmse_M[same_N])
-
-
-def test_latents_come_in_the_form_that_suits_the_coder() -> None:
-    x_NLD = sparse_data(make_config("fixed+topk"), N)
-    assert isinstance(make_sae("fixed+topk")(x_NLD).latents, RowLatents)
-    assert isinstance(make_sae("fixed+batchtopk")(x_NLD).latents, FlatLatents)
-
-
-def test_dead_latents_are_counted_and_revived() -> None:
-    sae = make_sae("fixed+topk", auxk=F, dead_window_tokens=3 * N)
-    with torch.no_grad():
-        sae.coder.get_parameter("latent_bias")[:5] = -100.0
-    x_NLD = sparse_data(sae.config, N)
-    for step in range(1, 11):
-        out = sae(x_NLD)
-        sae.after_step(step)
-    fired_F = out.latents.fired_F(F)
-    assert not fired_F[:5].any()
-    assert (sae.tokens_since_fired_F[:5] == 10 * N).all()
-    assert (sae.tokens_since_fired_F[fired_F] == 0).all()
-    assert sae.dead_F[:5].all()
-    sae(x_NLD).loss.backward()
-    grad = sae.coder.encoder.grad
-    assert grad is not None
-    assert (grad[:5].abs().sum(-1) > 0).all(), "AuxK reaches the dead latents"
-    alive = make_sae("fixed+topk", auxk=0)
-    alive.load_state_dict(sae.state_dict())
-    assert "auxk" not in alive(x_NLD).terms
-
-
-def test_auxk_is_on_by_default_where_latents_are_many() -> None:
-    assert make_config("fixed+topk").resolved_auxk(512) == 0
-    assert make_config("fixed+topk", latents=4096).resolved_auxk(512) == 256
-    assert make_config("fixed+topk", latents=4096, auxk=0).resolved_auxk(512) == 0
-
-
-def test_batchtopk_threshold_reproduces_the_budget_at_inference() -> None:
-    sae = make_sae("fixed+batchtopk")
-    train(sae, steps=60)
-    l0_M = sae.inference(sparse_data(sae.config, 500, seed=999)).latents.l0_M()
-    assert 0.8 * K < l0_M.float().mean() < 1.2 * K
-
-
-def test_bias_starts_as_asked() -> None:
-    for start in ("zero", "mean", "median"):
-        sae = make_sae("fixed+topk", init_bias=start)
-        x_NLD = sparse_data(sae.config, 200) + 3.0
-        x_NLD[0] = 1e4
-        sae.initialise_bias(x_NLD)
-        bias_D = sae.coder.pre_bias
-        assert bias_D is not None
-        if start == "zero":
-            assert not bias_D.any()
-        elif start == "mean":
-            torch.testing.assert_close(bias_D.detach(), x_NLD[:, 0].mean(0))
-        else:
-            assert (bias_D - 3.0).abs().max() < 1.0, "one outlier hardly moves the median"
-
-
-def test_random_layers_are_uniform_and_change_with_step_and_seed() -> None:
-    sae, other = make_sae("random+topk", seed=0), make_sae("random+topk", seed=1)
-    x_NLD = sparse_data(sae.config, 3000)
-    first_N = sae(x_NLD).layer_M
-    counts_L = torch.bincount(first_N, minlength=L)
-    assert (counts_L - 1000).abs().max() < 120, "more than 4 standard deviations off"
-    sae.after_step(1)
-    assert 0.55 < (sae(x_NLD).layer_M != first_N).float().mean() < 0.78
-    assert 0.55 < (other(x_NLD).layer_M != first_N).float().mean() < 0.78
-
-
-def test_the_router_learns_which_layer_is_easy() -> None:
-    """Layer 1 holds one direction plus noise, the others noise: only there can k=1 succeed."""
-    config = make_config("route-score+topk", k=1, layers=(0, 1, 2))
-    sae = build_sae(config, D, 0)
-    optimizer = build_optimizer(sae.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    easy_D = torch.randn(D, generator=generator)
-    for step in range(1, 151):
-        x_NLD = torch.randn(128, 3, D, generator=generator)
-        x_NLD[:, 1] = easy_D * 2 + 0.1 * x_NLD[:, 1]
-        out = sae(x_NLD)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        sae.after_step(step)
-    assert out.router_NL is not None
-    assert out.router_NL[:, 1].mean() > 0.9

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from routesae_cache.checkpoint import RunConfig, RunError, load_run, read_config
+from routesae_cache.runs import Asked, run_name, run_names
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.sae import Sae
-from routesae_cache.train import TrainConfig, TrainProgress, run_name, train
+from routesae_cache.train import TrainConfig, TrainProgress, TrainStart, train
 from stores.reader import StoreReader
 from tests.pipeline_helpers import config, fail_at, run, topk
 
@@ -28,9 +33,8 @@ def reader(tiny_model_dir: Path, tiny_corpus: Path, tmp_path_factory: Any) -> St
 
 def go(reader: StoreReader, out: Path, *saes: SaeConfig, **options: Any) -> Any:
     given = {"epochs": 2, "batch_tokens": 128, "log_every": 5} | options
-    progress = given.pop("progress", lambda state: None)
-    pairs = [(sae, 3) for sae in saes]
-    return train(reader, pairs, TrainConfig(out=out, **given), progress)
+    hooks = {name: given.pop(name) for name in {"progress", "on_start", "stopped"} & given.keys()}
+    return train(reader, [(sae, 3) for sae in saes], TrainConfig(out=out, **given), **hooks)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,7 +118,7 @@ def test_checkpoints_of_different_age(
     saes = (ROUTED, topk((3,)))
     whole = go(reader, tmp_path / "whole", *saes).folders
     with monkeypatch.context() as patch:  # killed between the two checkpoints of the fourth step
-        from routesae_cache import train as module
+        from routesae_cache import runs as module
 
         failing = fail_at(7, module.save_checkpoint, Stop())
         patch.setattr(module, "save_checkpoint", failing)
@@ -138,22 +142,130 @@ def test_ended_runs_are_left_alone(reader: StoreReader, tmp_path: Path) -> None:
 def test_one_that_fails_does_not_stop_the_others(
     reader: StoreReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Sae.forward
-
-    def forward(self: Sae, x_NLD: torch.Tensor) -> Any:
-        output = original(self, x_NLD)
-        bad = self.config.selector == "route" and int(self.step) >= 11
-        return output._replace(loss=output.loss * float("nan")) if bad else output
-
-    monkeypatch.setattr(Sae, "forward", forward)
+    bad = infinite_when(lambda sae: sae.config.selector == "route" and int(sae.step) >= 11)
+    monkeypatch.setattr(Sae, "forward", bad)
     result = go(reader, tmp_path, ROUTED, topk())
     assert [state.status for state in result.runs] == ["failed", "done"]
     failed = json.loads((result.folders[0] / "failed.json").read_text())
     assert failed["step"] == 15
-    assert "nan" in failed["reason"]
+    assert "inf" in failed["reason"] or "nan" in failed["reason"]
     with pytest.raises(RunError, match="has not ended"):
         load_run(result.folders[0])
     assert load_run(result.folders[1])
+
+
+def test_what_failed_is_left_alone(
+    reader: StoreReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Sae, "forward", infinite_when(lambda sae: sae.config.selector == "route"))
+        failed = go(reader, tmp_path, ROUTED).runs[0]
+    resumed = go(reader, tmp_path, ROUTED, topk(), resume=True)
+    assert [state.status for state in resumed.runs] == ["failed", "done"]
+    assert str(resumed.runs[0]) == str(failed)
+    assert failed.step == 5
+    with pytest.raises(RunError, match="this run failed"):
+        go(reader, tmp_path, ROUTED)
+
+
+def infinite_when(bad: Callable[[Sae], bool]) -> Any:
+    """`Sae.forward` with a loss that is not finite for some SAEs."""
+    original = Sae.forward
+
+    def forward(self: Sae, x_NLD: torch.Tensor) -> Any:
+        output = original(self, x_NLD)
+        return output._replace(loss=output.loss * float("inf")) if bad(self) else output
+
+    return forward
+
+
+def test_a_checkpoint_is_never_of_a_failed_run(
+    reader: StoreReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = infinite_when(lambda sae: int(sae.step) >= 11)
+    monkeypatch.setattr(Sae, "forward", bad)
+    go(reader, tmp_path, topk(), checkpoint_seconds=0)
+    with safe_open(tmp_path / run_name(topk(), 3) / "checkpoint.safetensors", "pt") as file:
+        assert file.metadata() == {"step": "11"}
+
+
+def test_stopped_between_two_steps(reader: StoreReader, tmp_path: Path) -> None:
+    saes = (ROUTED, topk((3,)))
+    whole = go(reader, tmp_path / "whole", *saes)
+    assert not whole.interrupted
+    steps: list[int] = []
+
+    def progress(state: TrainProgress) -> None:
+        steps.append(state.step)
+
+    cut = go(reader, tmp_path / "cut", *saes, progress=progress, stopped=lambda: steps[-1] == 7)
+    assert cut.interrupted
+    assert cut.tokens == 7 * 128
+    assert steps == list(range(1, 8))
+    assert [state.status for state in cut.runs] == ["interrupted"] * 2
+    for folder in cut.folders:
+        with safe_open(folder / "checkpoint.safetensors", "pt") as file:
+            assert file.metadata() == {"step": "7"}
+    starts: list[TrainStart] = []
+    resumed = go(reader, tmp_path / "cut", *saes, resume=True, on_start=starts.append)
+    assert resumed.tokens == 23 * 128
+    parameters = 2 * (2 * 64 * 32 + 64 + 32) + 3 * 32
+    assert starts == [TrainStart(2, parameters, 7, 30, 128, (1, 2, 3))]
+    for a, b in zip(whole.folders, resumed.folders, strict=True):
+        assert_same(a, b)
+
+
+def test_stopped_after_the_last_step_is_done(reader: StoreReader, tmp_path: Path) -> None:
+    result = go(reader, tmp_path, topk(), epochs=1, batch_tokens=1920, stopped=lambda: True)
+    assert [state.status for state in result.runs] == ["done"]
+    assert not result.interrupted
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers"),
+    [([(2,)], {2}), ([(1,), (3,)], {1, 3}), ([(1, 2, 3), (3,), (2,)], {1, 2, 3})],
+)
+def test_only_what_is_needed_is_read_and_once(
+    asked: Any, layers: Any, reader: StoreReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "s.zarr"
+    shutil.copytree(reader.path, store)
+    for layer in {1, 2, 3} - layers:  # whatever touched these would fail
+        for chunks in store.glob(f"residuals/{layer}/*/c"):
+            shutil.rmtree(chunks)
+    reads: Counter[tuple[int, int]] = Counter()
+    original = StoreReader.codes
+
+    def codes(self: StoreReader, chunk: int, positions: Any, *rest: Any) -> Any:
+        reads.update((chunk, self.spec.layers[position]) for position in positions)
+        return original(self, chunk, positions, *rest)
+
+    monkeypatch.setattr(StoreReader, "codes", codes)
+    go(StoreReader(store), tmp_path / "runs", *[topk(one) for one in asked], epochs=1)
+    assert reads == {(chunk, layer): 1 for chunk in reader.chunks("train") for layer in layers}
+
+
+def test_each_has_its_own_rate_and_seed(reader: StoreReader, tmp_path: Path) -> None:
+    asked = [Asked(topk(), 3), Asked(topk(), 4), Asked(topk(), 3, 1e-3)]
+    settings = TrainConfig(out=tmp_path, batch_tokens=128, log_every=5, lr=2e-3)
+    result = train(reader, asked, settings)
+    found = [(c.seed, c.lr) for c in map(read_config, result.folders)]
+    assert found == [(3, 2e-3), (4, 2e-3), (3, 1e-3)]
+    first = [json.loads((f / "metrics.jsonl").read_text().splitlines()[0]) for f in result.folders]
+    assert [line["lr"] for line in first] == [2e-3, 2e-3, 1e-3]
+    assert len({line["nmse"] for line in first}) == 3
+
+
+def test_names_tell_runs_apart() -> None:
+    penalised = topk(coder="relu", k=None, sparsity_weight=0.5)
+    assert run_name(penalised, 1) == "vanilla_layer3_l1-0.5_f64_s1"
+    assert run_name(topk(norm="scalar"), 1, 1e-3) == "topk_layer3_k4_scalar_lr0.001_f64_s1"
+    saes = [ROUTED, topk((1, 2), auxk=8), topk((1, 2), auxk=0), topk()]
+    names = run_names([Asked(sae, 3) for sae in saes])
+    base = "routesae_k4_f64_s3"
+    assert names[1] == (f"{base}_layers-1+2_init-bias-zero_auxk-8_route-estimator-factor")
+    assert names[0].startswith(f"{base}_layers-1+2+3_init-bias-mean_auxk-none")
+    assert names[2:] == [names[1].replace("auxk-8", "auxk-0"), "topk_layer3_k4_f64_s3"]
 
 
 @pytest.mark.parametrize(

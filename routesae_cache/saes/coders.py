@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae_cache.kernels import Support, row_support, sparse_decode
-from routesae_cache.losses import geometric_median, jumprelu, mean_l1, nmse, step_l0
+from routesae_cache.kernels import Support, dense_decode, linear, row_support, sparse_decode
+from routesae_cache.losses import geometric_median, jumprelu_and_l0, mean_l1, nmse
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import DenseLatents, FlatLatents, Latents, RowLatents
 
@@ -96,15 +96,12 @@ class Coder(nn.Module, ABC):
 
     def decode_dense(self, value_MF: Tensor) -> Tensor:
         """x̂ = W_d z + b_pre from every latent's value."""
-        if self.pre_bias is None:
-            return value_MF @ self.decoder
-        return torch.addmm(self.pre_bias, value_MF, self.decoder)
+        return dense_decode(value_MF, self.decoder, self.pre_bias)
 
-    def centred(self, x_MD: Tensor) -> Tensor:
-        """What the encoder multiplies: x − b_pre; x itself for the crosscoder."""
-        if self.pre_bias is None or not self.centres:
-            return x_MD
-        return x_MD - self.pre_bias
+    @property
+    def centre(self) -> Tensor | None:
+        """What is subtracted before encoding: b_pre, nothing for the crosscoder."""
+        return self.pre_bias if self.centres else None
 
     def decoder_norms(self) -> Tensor:
         """Norm of each latent's direction in each stacked layer, (F, stacked)."""
@@ -147,7 +144,7 @@ class ReluCoder(Coder):
         return Coded(DenseLatents(value_MF), self.decode_dense(value_MF), terms)
 
     def candidates(self, x_MD: Tensor) -> Tensor:
-        return F.relu(F.linear(self.centred(x_MD), self.encoder, self.latent_bias))
+        return F.relu(linear(x_MD, self.centre, self.encoder, self.latent_bias))
 
     def active(self, x_MD: Tensor) -> Latents:
         return DenseLatents(self.candidates(x_MD))
@@ -178,9 +175,8 @@ class GatedCoder(Coder):
             terms = {"l1": weight * mean_l1(value_MF)}
         else:
             open_MF = F.relu(gate_MF)
-            frozen_MD = open_MF @ self.decoder.detach()
-            if self.pre_bias is not None:
-                frozen_MD = frozen_MD + self.pre_bias.detach()
+            bias_D = None if self.pre_bias is None else self.pre_bias.detach()
+            frozen_MD = dense_decode(open_MF, self.decoder.detach(), bias_D)
             terms = {"l1": weight * mean_l1(open_MF), "gate": nmse(frozen_MD, x_MD).mean()}
         return Coded(DenseLatents(value_MF), self.decode_dense(value_MF), terms)
 
@@ -191,7 +187,7 @@ class GatedCoder(Coder):
         return DenseLatents(self.candidates(x_MD))
 
     def _gate_and_value(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
-        product_MF = F.linear(self.centred(x_MD), self.encoder)
+        product_MF = linear(x_MD, self.centre, self.encoder, None)
         gate_MF = product_MF + self.gate_bias
         magnitude_MF = F.relu(product_MF * self.r_mag.exp() + self.mag_bias)
         return gate_MF, torch.where(gate_MF > 0, magnitude_MF, 0.0)
@@ -210,14 +206,13 @@ class JumpReluCoder(Coder):
 
     def forward(self, x_MD: Tensor, dead_index: Tensor | None) -> Coded:
         pre_MF = self.candidates(x_MD)
-        value_MF = jumprelu(pre_MF, self.threshold, self.config.bandwidth)
-        l0 = step_l0(pre_MF, self.threshold, self.config.bandwidth)
+        value_MF, l0 = jumprelu_and_l0(pre_MF, self.threshold, self.config.bandwidth)
         assert self.config.sparsity_weight is not None
         terms = {"l0": self.config.sparsity_weight * l0}
         return Coded(DenseLatents(value_MF), self.decode_dense(value_MF), terms)
 
     def candidates(self, x_MD: Tensor) -> Tensor:
-        return F.linear(self.centred(x_MD), self.encoder, self.latent_bias)
+        return linear(x_MD, self.centre, self.encoder, self.latent_bias)
 
     def active(self, x_MD: Tensor) -> Latents:
         pre_MF = self.candidates(x_MD)

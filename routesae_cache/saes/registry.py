@@ -83,6 +83,43 @@ _LAYER_OPTIONS = ("layer", "layers")
 _CHOSEN_BY_NAME = ("selector", "coder", "layers")
 
 
+def resolve_name(name: str) -> tuple[SelectorKind, CoderKind]:
+    """Selector and coder of a name such as `routesae`, or of the general form `route+jumprelu`.
+
+    Raises:
+        ValueError: for an unknown name, listing what there is.
+    """
+    if name in NAMES:
+        return NAMES[name]
+    selector, plus, coder = name.partition("+")
+    if plus and selector in SELECTOR_WORDS and coder in CODER_WORDS:
+        return SELECTOR_WORDS[selector], CODER_WORDS[coder]
+    raise ValueError(
+        f"unknown SAE {name!r}; there are {', '.join(NAMES)}, and SELECTOR+CODER with the "
+        f"selectors {', '.join(SELECTOR_WORDS)} and the coders {', '.join(CODERS)}"
+    )
+
+
+def short_name(selector: SelectorKind, coder: CoderKind) -> str:
+    """The inverse of `resolve_name`: one of `NAMES` where there is one, else the general form."""
+    for name, kinds in NAMES.items():
+        if kinds == (selector, coder):
+            return name
+    return f"{'crosscoder' if selector == 'all' else selector}+{coder}"
+
+
+def build_sae(config: SaeConfig, width: int, seed: int) -> Sae:
+    """The module for a configuration; the same seed gives the same weights.
+
+    Args:
+        width: of a residual.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    selector = SELECTORS[config.selector](config, width, generator=generator)
+    coder = CODERS[config.coder](config, width, stacked=selector.stacked, generator=generator)
+    return Sae(config, width, selector, coder)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaeSpec:
     """One SAE as asked for, before a store's layers and width complete it."""
@@ -113,18 +150,6 @@ class SaeSpec:
             raise ValueError(f"the store has the layers {list(store_layers)}, not {lacking}")
         options = {"latents": LATENTS_PER_CHANNEL * width, **self.options}
         return SaeConfig(selector=self.selector, coder=self.coder, layers=layers, **options)
-
-
-def build_sae(config: SaeConfig, width: int, seed: int) -> Sae:
-    """The module for a configuration; the same seed gives the same weights.
-
-    Args:
-        width: of a residual.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    selector = SELECTORS[config.selector](config, width, generator=generator)
-    coder = CODERS[config.coder](config, width, stacked=selector.stacked, generator=generator)
-    return Sae(config, width, selector, coder)
 
 
 def parse_sae(
@@ -214,31 +239,6 @@ def parse_saes(
         for text in texts
         for spec in parse_sae(text, defaults=defaults, train_options=train_options)
     ]
-
-
-def resolve_name(name: str) -> tuple[SelectorKind, CoderKind]:
-    """Selector and coder of a name such as `routesae`, or of the general form `route+jumprelu`.
-
-    Raises:
-        ValueError: for an unknown name, listing what there is.
-    """
-    if name in NAMES:
-        return NAMES[name]
-    selector, plus, coder = name.partition("+")
-    if plus and selector in SELECTOR_WORDS and coder in CODER_WORDS:
-        return SELECTOR_WORDS[selector], CODER_WORDS[coder]
-    raise ValueError(
-        f"unknown SAE {name!r}; there are {', '.join(NAMES)}, and SELECTOR+CODER with the "
-        f"selectors {', '.join(SELECTOR_WORDS)} and the coders {', '.join(CODERS)}"
-    )
-
-
-def short_name(selector: SelectorKind, coder: CoderKind) -> str:
-    """The inverse of `resolve_name`: one of `NAMES` where there is one, else the general form."""
-    for name, kinds in NAMES.items():
-        if kinds == (selector, coder):
-            return name
-    return f"{'crosscoder' if selector == 'all' else selector}+{coder}"
 
 
 def known_options(selector: str, coder: str) -> list[str]:

@@ -11,6 +11,7 @@ from routesae_cache.losses import nmse
 from routesae_cache.saes.coders import Coded, Coder
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import DenseLatents, FlatLatents, Latents, RowLatents
+from routesae_cache.selection import Chosen, select_batchtopk, select_topk
 
 THRESHOLD_RATE = 0.05
 """Share of the newest batch in BatchTopK's running threshold. The smallest active value of a batch
@@ -32,51 +33,61 @@ class TopKCoder(Coder):
         self.auxk = config.resolved_auxk(stacked * width)
 
     def forward(self, x_MD: Tensor, dead_index: Tensor | None) -> Coded:
-        centred_MD = self.centred(x_MD).detach()
-        index_MK, value_MK = self.select(centred_MD)
-        support = kernels.row_support(index_MK, self.config.latents)
-        value_P = self.chosen(x_MD, centred_MD, value_MK.reshape(-1), support)
+        value_P, support = self.encode(x_MD)
         decoded_MD = kernels.sparse_decode(value_P, self.decoder, self.pre_bias, support)
-        latents = RowLatents(index_MK, value_MK)
-        return Coded(latents, decoded_MD, self.auxk_terms(x_MD, decoded_MD, dead_index))
+        terms = self.auxk_terms(x_MD, decoded_MD, dead_index)
+        return Coded(self.as_latents(value_P, support), decoded_MD, terms)
 
-    def candidates(self, x_MD: Tensor) -> Tensor:
-        return F.linear(self.centred(x_MD), self.encoder, self.latent_bias)
-
-    def active(self, x_MD: Tensor) -> Latents:
-        return RowLatents(*self.select(self.centred(x_MD)))
-
-    def select(self, centred_MD: Tensor) -> kernels.Selected:
-        """The k latents of each vector."""
-        encoder_FD, bias_F, cost_F = self.selection_weights()
-        dtype = self.config.encode_dtype
-        index_MK, value_MK = kernels.select_topk(centred_MD, encoder_FD, bias_F, self.k, dtype)
-        return kernels.Selected(
-            index_MK, value_MK if cost_F is None else value_MK / cost_F[index_MK]
-        )
-
-    @torch.no_grad()
-    def selection_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Encoder, bias and the factor they were scaled by, so that latents compete by value, or
-        by value times summed decoder norms where the crosscoder weights by those."""
-        if not self.weighted:
-            return self.encoder, self.latent_bias, None
-        cost_F = self.decoder_norms().sum(-1).clamp_min(1e-12)
-        return self.encoder * cost_F[:, None], self.latent_bias * cost_F, cost_F
-
-    def chosen(
-        self, x_MD: Tensor, centred_MD: Tensor, value_P: Tensor, support: kernels.Support
-    ) -> Tensor:
-        """The selected values with their gradients attached."""
-        return kernels.chosen_values(
+    def encode(self, x_MD: Tensor) -> tuple[Tensor, kernels.Support]:
+        """The active values, with their gradients attached, and where they are."""
+        centred_MD = self.centred(x_MD)
+        support, value_P = self.select(centred_MD)
+        value_P = kernels.chosen_values(
             x_MD,
-            self.pre_bias if self.centres else None,
+            self.centre,
             self.encoder,
             self.latent_bias,
             centred_MD=centred_MD,
             value_P=value_P,
             support=support,
         )
+        return self.activate(value_P), support
+
+    @torch.no_grad()
+    def select(self, centred_MD: Tensor) -> Chosen:
+        """The active latents: those of the largest values, or of the largest values times summed
+        decoder norms where the crosscoder weights by those."""
+        if not self.weighted:
+            return self.rule(centred_MD, self.encoder, self.latent_bias)
+        cost_F = self.cost_F()
+        encoder_FD, bias_F = self.encoder * cost_F[:, None], self.latent_bias * cost_F
+        support, value_P = self.rule(centred_MD, encoder_FD, bias_F)
+        return Chosen(support, value_P / cost_F[support.index_P])
+
+    def rule(self, centred_MD: Tensor, encoder_FD: Tensor, bias_F: Tensor) -> Chosen:
+        """Which pre-activations are active."""
+        return select_topk(centred_MD, encoder_FD, bias_F, self.k, self.config.encode_dtype)
+
+    def cost_F(self) -> Tensor:
+        """Summed decoder norms of each latent."""
+        return self.decoder_norms().sum(-1).clamp_min(1e-12)
+
+    def as_latents(self, value_P: Tensor, support: kernels.Support) -> Latents:
+        """The selected pairs as latents."""
+        index_MK = support.index_P.view(-1, self.k)
+        return RowLatents(index_MK, value_P.detach().view_as(index_MK))
+
+    @torch.no_grad()
+    def centred(self, x_MD: Tensor) -> Tensor:
+        """What the encoder multiplies."""
+        return x_MD if self.centre is None else x_MD - self.centre
+
+    def candidates(self, x_MD: Tensor) -> Tensor:
+        return kernels.linear(x_MD, self.centre, self.encoder, self.latent_bias)
+
+    def active(self, x_MD: Tensor) -> Latents:
+        support, value_P = self.select(self.centred(x_MD))
+        return self.as_latents(value_P, support)
 
     def auxk_terms(
         self, x_MD: Tensor, decoded_MD: Tensor, dead_index: Tensor | None
@@ -85,13 +96,13 @@ class TopKCoder(Coder):
         if dead_index is None:
             return {}
         error_MD = (x_MD - decoded_MD).detach()
-        value_MA = F.linear(
-            self.centred(x_MD), self.encoder[dead_index], self.latent_bias[dead_index]
+        value_MA = kernels.linear(
+            x_MD, self.centre, self.encoder[dead_index], self.latent_bias[dead_index]
         )
         if self.auxk < dead_index.shape[0]:
             top = value_MA.topk(self.auxk, sorted=False)
             value_MA = torch.zeros_like(value_MA).scatter(1, top.indices, top.values)
-        aux_MD = self.activate(value_MA) @ self.decoder[dead_index]
+        aux_MD = kernels.dense_decode(self.activate(value_MA), self.decoder[dead_index], None)
         return {"auxk": self.config.auxk_weight * nmse(aux_MD, error_MD).mean()}
 
     def activate(self, value: Tensor) -> Tensor:
@@ -114,29 +125,15 @@ class BatchTopKCoder(TopKCoder):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x_MD: Tensor, dead_index: Tensor | None) -> Coded:
-        value_P, support = self.encode_batch(x_MD)
-        decoded_MD = kernels.sparse_decode(value_P, self.decoder, self.pre_bias, support)
-        terms = self.auxk_terms(x_MD, decoded_MD, dead_index)
-        return Coded(self.flat_latents(value_P, support), decoded_MD, terms)
-
-    def encode_batch(self, x_MD: Tensor) -> tuple[Tensor, kernels.Support]:
-        """The batch's active values and where they are; also moves the running threshold."""
-        centred_MD = self.centred(x_MD).detach()
-        encoder_FD, bias_F, cost_F = self.selection_weights()
-        row_P, index_P, value_P = kernels.select_batchtopk(
-            centred_MD, encoder_FD, bias_F, self.k, self.config.encode_dtype
-        )
+    def rule(self, centred_MD: Tensor, encoder_FD: Tensor, bias_F: Tensor) -> Chosen:
+        """The batch's largest; in training mode also moves the running threshold."""
+        dtype = self.config.encode_dtype
+        chosen = select_batchtopk(centred_MD, encoder_FD, bias_F, self.k, dtype)
         if self.training:
-            self.move_threshold(value_P)
-        if cost_F is not None:
-            value_P = value_P / cost_F[index_P]
-        rows = x_MD.shape[0]
-        support = kernels.Support(row_P, index_P, rows=rows, latents=self.config.latents)
-        return self.activate(self.chosen(x_MD, centred_MD, value_P, support)), support
+            self.move_threshold(chosen.value_P)
+        return chosen
 
-    def flat_latents(self, value_P: Tensor, support: kernels.Support) -> FlatLatents:
-        """The selected pairs as latents."""
+    def as_latents(self, value_P: Tensor, support: kernels.Support) -> Latents:
         return FlatLatents(support.row_P, support.index_P, value_P.detach(), support.rows)
 
     @torch.no_grad()
@@ -153,8 +150,7 @@ class BatchTopKCoder(TopKCoder):
 
     def active(self, x_MD: Tensor) -> Latents:
         value_MF = self.candidates(x_MD)
-        cost_F = self.selection_weights()[2]
-        compared_MF = value_MF if cost_F is None else value_MF * cost_F
+        compared_MF = value_MF * self.cost_F() if self.weighted else value_MF
         return DenseLatents(torch.where(compared_MF > self.threshold, value_MF, 0.0))
 
     def activate(self, value: Tensor) -> Tensor:
@@ -178,15 +174,18 @@ class MatryoshkaCoder(BatchTopKCoder):
         self.register_buffer("group_F", numbers.repeat_interleave(sizes), persistent=False)
 
     def forward(self, x_MD: Tensor, dead_index: Tensor | None) -> Coded:
-        value_P, support = self.encode_batch(x_MD)
+        value_P, support = self.encode(x_MD)
         bag_P = support.row_P * self.groups + self.group_F[support.index_P]
         bags = support.regrouped(bag_P, support.rows * self.groups)
         parts_BD = kernels.sparse_decode(value_P, self.decoder, None, bags)
-        prefixes_MGD = parts_BD.view(support.rows, self.groups, -1).cumsum(1)
+        decoded_MD, *rest = parts_BD.view(support.rows, self.groups, -1).unbind(1)
         if self.pre_bias is not None:
-            prefixes_MGD = prefixes_MGD + self.pre_bias
-        *shorter, decoded_MD = prefixes_MGD.unbind(1)
+            decoded_MD = decoded_MD + self.pre_bias
+        prefixes = []
+        for part_MD in rest:
+            prefixes.append(nmse(decoded_MD, x_MD).mean())
+            decoded_MD = decoded_MD + part_MD
         terms = self.auxk_terms(x_MD, decoded_MD, dead_index)
-        if shorter:
-            terms["prefixes"] = torch.stack([nmse(p_MD, x_MD).mean() for p_MD in shorter]).sum()
-        return Coded(self.flat_latents(value_P, support), decoded_MD, terms)
+        if prefixes:
+            terms["prefixes"] = torch.stack(prefixes).sum()
+        return Coded(self.as_latents(value_P, support), decoded_MD, terms)

@@ -1,0 +1,65 @@
+"""`routesae sweep`: a store and a file that describes many SAEs -> all of them, trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.console import err
+from cli.options import Device, StoreArgument, pick_device
+from cli.training import (
+    Log,
+    Resume,
+    WandbGroup,
+    WandbMode,
+    WandbName,
+    WandbProject,
+    log_config,
+    run_pass,
+)
+
+
+def sweep(
+    store: StoreArgument,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="TOML: \\[train] with options of `train`, several [\\[sae]], each with sae = NAME "
+            "and its options; a list makes a grid.",
+            metavar="SWEEP.toml",
+        ),
+    ],
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the runs  \\[default: runs/ and the file's name]"),
+    ] = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    log: Log = None,
+    wandb_project: WandbProject = None,
+    wandb_name: WandbName = None,
+    wandb_group: WandbGroup = None,
+    wandb_mode: WandbMode = None,
+) -> None:
+    """Train all SAEs that a file describes in one pass over a store."""
+    with err.status("Reading the sweep"):
+        from routesae_cache.sweep import read_sweep
+        from routesae_cache.train import TrainConfig
+
+        described = read_sweep(file)
+        config = TrainConfig(
+            out=target or Path("runs") / file.stem,
+            device=pick_device(device),
+            resume=resume,
+            log=log_config(
+                log,
+                wandb_project=wandb_project,
+                wandb_name=wandb_name,
+                wandb_group=wandb_group,
+                wandb_mode=wandb_mode,
+            ),
+            **described.train,
+        )
+    run_pass(store, described.specs, config)

@@ -1,0 +1,190 @@
+"""What `train` and `sweep` share: options for logging, the pass over the store, its display."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from cli.console import bar_columns, count, duration, err, layer_list, out, stop_signals
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from routesae_cache.loggers import LogConfig
+    from routesae_cache.runs import RunState
+    from routesae_cache.saes.registry import SaeSpec
+    from routesae_cache.train import TrainConfig, TrainProgress, TrainResult, TrainStart
+
+_NAMED_RUNS = 4  # more are named by their folder in the command that measures them
+
+
+class WandbModeKind(StrEnum):
+    """Whether Weights & Biases is reached now, later or not at all."""
+
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for the runs.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with interrupted runs, skip ended and failed ones."),
+]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(help="wandb or tensorboard, beside the run's metrics.jsonl; may be repeated."),
+]
+WandbProject = Annotated[
+    str | None, typer.Option(help="Project of the runs  \\[default: routesae]")
+]
+WandbName = Annotated[
+    str | None,
+    typer.Option(help="Name of a run; {run} is that of its directory  \\[default: {run}]"),
+]
+WandbGroup = Annotated[str | None, typer.Option(help="Group of the runs.")]
+WandbMode = Annotated[
+    WandbModeKind | None,
+    typer.Option(help="Offline keeps everything in the run's directory  \\[default: online]"),
+]
+
+
+def log_config(
+    log: list[str] | None,
+    *,
+    wandb_project: str | None,
+    wandb_name: str | None,
+    wandb_group: str | None,
+    wandb_mode: WandbModeKind | None,
+) -> LogConfig:
+    """The loggers that the options describe; ValueError for unknown ones."""
+    from routesae_cache.loggers import LogConfig
+
+    options = {
+        "wandb_project": wandb_project,
+        "wandb_name": wandb_name,
+        "wandb_group": wandb_group,
+        "wandb_mode": wandb_mode and wandb_mode.value,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    config = LogConfig(to=tuple(log or ()), **given)  # type: ignore[arg-type]
+    if given and "wandb" not in config.to:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names} belongs to --log wandb; add that or leave it out")
+    return config
+
+
+def run_pass(store: Path, specs: Sequence[SaeSpec], config: TrainConfig) -> None:
+    """Train SAEs in one pass over a store, with a display of it; the end of `train` and `sweep`.
+
+    Exits with 1 where a run failed; KeyboardInterrupt where the pass was asked to stop.
+    """
+    with err.status("Opening the store"):
+        from routesae_cache.kernels import keep_freed_memory
+        from routesae_cache.sweep import complete
+        from routesae_cache.train import train
+        from stores.reader import StoreReader
+
+        keep_freed_memory()
+        reader = StoreReader(store)
+        saes = complete(specs, reader.spec, seed=config.seed)
+    with stop_signals() as stopped, _display(stopped) as display:
+        result = train(reader, saes, config, display.update, on_start=_announce, stopped=stopped)
+    _report(store, config.out, result)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    if any(state.status == "failed" for state in result.runs):
+        raise typer.Exit(1)
+
+
+def _announce(start: TrainStart) -> None:
+    saes = "1 SAE" if start.saes == 1 else f"{start.saes} SAEs"
+    done = f", {start.step:,} of them taken" if start.step else ""
+    err.print(
+        f"Training {saes} with {count(start.parameters)} parameters from "
+        f"layers {layer_list(start.layers)}: {start.total_steps:,} steps of "
+        f"{start.batch_tokens:,} tokens{done}",
+        soft_wrap=True,
+    )
+
+
+class _Display:
+    """One bar for the pass and under it one line for each SAE."""
+
+    def __init__(self, bar: Progress, stopped: Callable[[], bool]) -> None:
+        self._bar, self._stopped = bar, stopped
+        self._task = bar.add_task("Training", total=None, note="")
+        self._runs: Sequence[RunState] = ()
+        self._begin = time.perf_counter()
+
+    def update(self, state: TrainProgress) -> None:
+        self._runs = state.runs
+        rate = state.tokens / (time.perf_counter() - self._begin)
+        self._bar.update(
+            self._task,
+            completed=state.step,
+            total=state.total_steps,
+            note=f"{rate:,.0f} tokens/s",
+        )
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._bar]
+        if self._stopped():
+            parts.append("Stopping after this step; Ctrl-C again stops at once")
+        if self._runs:
+            parts.append(runs_table(self._runs))
+        return Group(*parts)
+
+
+@contextmanager
+def _display(stopped: Callable[[], bool]) -> Iterator[_Display]:
+    from rich.progress import Progress
+
+    display = _Display(Progress(*bar_columns(), console=err), stopped)
+    if not err.is_terminal:
+        yield display
+        return
+    with Live(display, console=err, refresh_per_second=4, transient=True):
+        yield display
+
+
+def runs_table(runs: Sequence[RunState]) -> Table:
+    """How each SAE of a pass is doing."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for name in ("step", "loss", "NMSE", "L0", "dead"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for state in runs:
+        style = {"failed": "red", "interrupted": "yellow"}.get(state.status, "")
+        numbers = (f"{state.loss:.4f}", f"{state.nmse:.4f}", f"{state.l0:.1f}")
+        cells = (f"{state.step:,}", *numbers, f"{state.dead_share:.1%}")
+        logged = state.nmse == state.nmse or state.step > 0
+        table.add_row(state.name, state.status, *(cells if logged else "-" * 5), style=style)
+    return table
+
+
+def _report(store: Path, folder: Path, result: TrainResult) -> None:
+    out.print(runs_table(result.runs))
+    if result.tokens:
+        rate = result.tokens / result.seconds
+        out.print(f"{result.tokens:,} tokens in {duration(result.seconds)} ({rate:,.0f} tokens/s)")
+    out.print(f"The runs are in {folder}", soft_wrap=True)
+    done = [
+        path
+        for path, state in zip(result.folders, result.runs, strict=True)
+        if state.status == "done"
+    ]
+    if done:
+        every = len(done) == len(result.runs) > _NAMED_RUNS
+        paths = f"{folder}/*" if every else " ".join(map(str, done))
+        out.print(f"Measure: routesae evaluate {store} {paths}", soft_wrap=True)
