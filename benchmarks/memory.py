@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.common import FOLDER, show
 
-FEW, MANY = 16_384, 163_840
+FEW, MANY = 32_768, 327_680
 ROUTESAE = str(Path(sys.executable).with_name("routesae"))
 
 

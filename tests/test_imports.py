@@ -14,7 +14,16 @@ HARVEST_SIDE = {
     *("text", "corpus_files", "tokens", "hub", "sources", "identity", "presets"),
     *("lm", "gguf", "harvest", "harvest_plan"),
 }
-TRAINING_SIDE = {"batches", "train", "evaluate", "checkpoint", "metrics", "kernels", "optim"}
+TRAINING_SIDE = {
+    "batches",
+    "train",
+    "evaluate",
+    "checkpoint",
+    "metrics",
+    "kernels",
+    "optim",
+    "interchange",
+}
 ALONE = {"transformers": {"routesae_cache.lm", "routesae_cache.tokens"}}
 
 
