@@ -95,7 +95,9 @@ class JsonLinesLogger:
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
         """Training time that the kept lines account for."""
-        self._path.write_text("".join(_line(record) for record in kept), "utf-8")
+        temporary = folder / f"{METRICS}.partial"
+        temporary.write_text("".join(_line(record) for record in kept), "utf-8")
+        temporary.replace(self._path)
 
     def log(self, record: Record) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -208,7 +208,7 @@ class _Plan:
 
     def __init__(self, reader: StoreReader, asked: Sequence[Asked], config: TrainConfig) -> None:
         self.reader, self.config = reader, config
-        # those of ended runs, too: which layers are read has a part in the order of the tokens
+        # those of ended runs, too: a resumed pass goes on with the very same batches
         layers = tuple(sorted({layer for each in asked for layer in each.sae.layers}))
         norm: Norm = "token" if all(each.sae.norm == "token" for each in asked) else "none"
         self.stream = Stream(layers, norm, config.device)

@@ -17,6 +17,9 @@ HARVEST_SIDE = {
 TRAINING_SIDE = {
     "batches",
     "train",
+    "runs",
+    "sweep",
+    "loggers",
     "evaluate",
     "checkpoint",
     "metrics",
@@ -24,7 +27,10 @@ TRAINING_SIDE = {
     "optim",
     "interchange",
 }
-ALONE = {"transformers": {"routesae_cache.lm", "routesae_cache.tokens"}}
+ALONE = {
+    "transformers": {"routesae_cache.lm", "routesae_cache.tokens"},
+    "wandb": {"routesae_cache.loggers"},
+}
 
 
 def module_name(path: Path) -> str:

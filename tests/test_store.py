@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -202,9 +203,15 @@ def test_rows_are_there_before_residuals(tmp_path: Path) -> None:
 def test_create_makes_the_folders_above(tmp_path: Path) -> None:
     StoreWriter.create(tmp_path / "a" / "b.zarr", store_spec()).close()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.zarr"]
-    (tmp_path / "mine").mkdir()
-    for name in ("a/b.zarr", "mine"):
-        assert (tmp_path / name).stat().st_mode == (tmp_path / "mine").stat().st_mode
+
+
+def test_others_may_read_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        StoreWriter.create(tmp_path / "s.zarr", store_spec()).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "s.zarr").stat().st_mode) == 0o750
 
 
 def test_create_takes_an_empty_folder(tmp_path: Path) -> None:
