@@ -107,8 +107,8 @@ class HarvestPlan:
         if self.bytes_left > self.bytes_free:
             raise ValueError(
                 f"{self.config.out}: about {self.bytes_left / 1e6:,.0f} MB are still to "
-                f"be written, {self.bytes_free / 1e6:,.0f} MB are free; free space, or ask for fewer tokens, "
-                "fewer layers or a coarser --step"
+                f"be written, {self.bytes_free / 1e6:,.0f} MB are free; free space, or ask for "
+                "fewer tokens, fewer layers or a coarser --step"
             )
 
 
