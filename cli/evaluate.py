@@ -50,13 +50,13 @@ def evaluate(
         from routesae_cache.checkpoint import write_json
         from routesae_cache.evaluate import EvaluateConfig
         from routesae_cache.evaluate import evaluate as run_evaluation
+        from routesae_cache.trained import ReadingRule
         from stores.reader import StoreReader
 
         config = EvaluateConfig(
             split=split.value,
             batch_tokens=batch_tokens,
-            infer_k=infer_k,
-            theta=theta,
+            rule=ReadingRule(infer_k=infer_k, theta=theta),
             routing_tokens=routing_tokens,
             device=pick_device(device),
         )

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from routesae_cache.batches import BatchConfig, BatchSource
-from routesae_cache.checkpoint import RunConfig, RunError, load_run
-from routesae_cache.losses import normalise_scalar, normalise_token
+from routesae_cache.checkpoint import RunConfig
 from routesae_cache.metrics import (
     Reconstruction,
     ReconstructionSums,
     RoutingQuality,
     RoutingSums,
 )
-from routesae_cache.saes.sae import Sae, check_inference_rule
+from routesae_cache.trained import OWN_RULE, ReadingRule, Residuals, TrainedSae, layers_read
 from stores.reader import StoreReader
 from stores.spec import Split, StoreSpec
 
@@ -30,14 +29,11 @@ _COLLAPSED = 0.95  # share of tokens on one layer
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to evaluate on, and by which rule latents are read."""
+    """What to evaluate on."""
 
     split: Split = "eval"
     batch_tokens: int = 2048
-    infer_k: int | None = None
-    """Keep the k largest latents instead of the coder's own rule."""
-    theta: float | None = None
-    """Keep latents above this value instead of the coder's own rule."""
+    rule: ReadingRule = OWN_RULE
     routing_tokens: int = 8192
     """Tokens on which routing is compared with random and best layers; 0: none."""
     device: str = "cpu"
@@ -87,7 +83,7 @@ def evaluate(
     ValueError for contradicting rules and for layers that the store lacks.
     """
     evaluators = [_Evaluator(run, reader.spec, config) for run in runs]
-    layers = tuple(sorted({layer for e in evaluators for layer in e.config.sae.layers}))
+    layers = layers_read(evaluator.sae.config for evaluator in evaluators)
     batch_config = BatchConfig(
         layers=layers,
         batch_tokens=config.batch_tokens,
@@ -101,10 +97,10 @@ def evaluate(
     done = 0
     with source.batches() as batches:
         for batch in batches:
-            normalised_NLD = normalise_token(batch.x_NLD).x
+            residuals = Residuals(batch.x_NLD, layers)
             for evaluator in evaluators:
-                evaluator.add(batch.x_NLD, normalised_NLD, layers)
-            done += len(batch.row_N)
+                evaluator.add(residuals)
+            done += len(residuals)
             progress(done, source.tokens)
     return [evaluator.result() for evaluator in evaluators]
 
@@ -113,62 +109,36 @@ class _Evaluator:
     """Sums of one run."""
 
     def __init__(self, run: Path, spec: StoreSpec, config: EvaluateConfig) -> None:
-        self.run, self._options = run, config
-        self.sae, self.config = load_run(run, config.device)
-        _check_source(run, self.config, spec)
-        check_inference_rule(self.config.sae, infer_k=config.infer_k, theta=config.theta)
-        sae = self.config.sae
-        self._sums = ReconstructionSums(sae.layers, self.config.width, sae.latents)
+        self.sae = TrainedSae(run, spec, rule=config.rule, device=config.device)
+        sae = self.sae.config.sae
+        self._sums = ReconstructionSums(sae.layers, self.sae.config.width, sae.latents)
         self._routes = sae.selector == "route" and sae.hard and config.routing_tokens > 0
         self._routing, self._routing_left = RoutingSums(), config.routing_tokens
 
-    def add(self, raw_NLD: Tensor, normalised_NLD: Tensor, layers: tuple[int, ...]) -> None:
-        wanted = [layers.index(layer) for layer in self.config.sae.layers]
-        norm = self.config.sae.norm
-        x_NLD = (normalised_NLD if norm == "token" else raw_NLD)[:, wanted]
-        if norm == "scalar":
-            x_NLD = normalise_scalar(x_NLD, self.config.mean_square)
-        rule = {"infer_k": self._options.infer_k, "theta": self._options.theta}
-        output = self.sae.inference(x_NLD, **rule)  # type: ignore[arg-type]
+    def add(self, residuals: Residuals) -> None:
+        x_NLD = residuals.seen_by(self.sae.config).x
+        output = self.sae(x_NLD)
         self._sums.add(output, len(x_NLD))
         if self._routes and self._routing_left > 0:
             n = min(self._routing_left, len(x_NLD))
-            self._routing.add(output.nmse_M[:n], _nmse_of_every_layer(self.sae, x_NLD[:n], rule))
+            self._routing.add(output.nmse_M[:n], _nmse_of_every_layer(self.sae, x_NLD[:n]))
             self._routing_left -= n
 
     def result(self) -> Evaluation:
         return Evaluation(
-            run=self.run,
-            config=self.config,
+            run=self.sae.run,
+            config=self.sae.config,
             reconstruction=self._sums.result(),
             routing=self._routing.result() if self._routes else None,
         )
 
 
-def _nmse_of_every_layer(sae: Sae, x_NLD: Tensor, rule: dict[str, Any]) -> Tensor:
+def _nmse_of_every_layer(sae: TrainedSae, x_NLD: Tensor) -> Tensor:
     rows = []
     for layer in range(x_NLD.shape[1]):
         index_N = torch.full((len(x_NLD),), layer, device=x_NLD.device)
-        rows.append(sae.inference(x_NLD, layer_index_N=index_N, **rule).nmse_M)
+        rows.append(sae(x_NLD, index_N).nmse_M)
     return torch.stack(rows)
-
-
-def _check_source(run: Path, config: RunConfig, spec: StoreSpec) -> None:
-    trained_on = config.store_spec
-    lacking = [layer for layer in config.sae.layers if layer not in spec.layers]
-    if lacking:
-        raise RunError(f"{run} reads the layers {lacking}, which the store lacks")
-    if trained_on.get("model") != spec.model or config.width != spec.width:
-        theirs = trained_on.get("model", {}).get("name")
-        raise RunError(
-            f"{run} was trained on residuals of another model: expected {theirs!r} with the "
-            f"weights {_short(trained_on.get('model', {}))}, the store has "
-            f"{spec.model['name']!r} with {_short(spec.model)}"
-        )
-
-
-def _short(model: dict[str, Any]) -> str:
-    return str(model.get("weights"))[:12]
 
 
 def uniform_entropy(layers: int) -> float:

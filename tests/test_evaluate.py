@@ -14,6 +14,7 @@ import torch
 from routesae_cache.checkpoint import RunError, load_run
 from routesae_cache.evaluate import EvaluateConfig, evaluate
 from routesae_cache.train import TrainConfig, train
+from routesae_cache.trained import ReadingRule
 from stores.reader import StoreReader
 from tests.pipeline_helpers import all_tokens, config, run, topk
 
@@ -45,7 +46,9 @@ def normalised(reader: StoreReader, layers: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("index", range(len(SAES)))
 @pytest.mark.parametrize("rule", [{}, {"infer_k": 2}, {"theta": 0.3}])
 def test_against_float64(index: int, rule: Any, reader: StoreReader, runs: list[Path]) -> None:
-    (result,) = evaluate(reader, [runs[index]], EvaluateConfig(batch_tokens=17, **rule))
+    (result,) = evaluate(
+        reader, [runs[index]], EvaluateConfig(batch_tokens=17, rule=ReadingRule(**rule))
+    )
     sae, run_config = load_run(runs[index])
     x_NLD = normalised(reader, run_config.sae.layers)
     output = sae.double().inference(x_NLD, **rule)
@@ -98,7 +101,7 @@ def test_collapse_is_named(reader: StoreReader, runs: list[Path]) -> None:
 
 def test_both_rules_at_once(reader: StoreReader, runs: list[Path]) -> None:
     with pytest.raises(ValueError, match="give one"):
-        evaluate(reader, runs, EvaluateConfig(infer_k=2, theta=0.1))
+        evaluate(reader, runs, EvaluateConfig(rule=ReadingRule(infer_k=2, theta=0.1)))
 
 
 def test_other_models_residuals(

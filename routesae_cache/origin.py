@@ -1,0 +1,67 @@
+"""The model and the tokenizer that a store came from, and no other."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from routesae_cache.lm import Dtype, LanguageModel, load_lm
+from routesae_cache.sources import ModelError, ModelSource, resolve_model
+from routesae_cache.tokens import Tokenizer, load_tokenizer
+from stores.spec import StoreSpec
+
+_SAME = ("config_hash", "weights", "dtype")
+
+
+def origin_lm(spec: StoreSpec, *, model: str | None = None, device: str = "cpu") -> LanguageModel:
+    """Load the model that a store's residuals came from, in the dtype of its forward pass.
+
+    Args:
+        model: where it is now, as `load_lm` takes it; by default the name the store has. A local
+            folder is recorded by its last part alone, and has to be given.
+
+    Raises:
+        ModelError: if there is no such model, or it is another one.
+    """
+    source = _source(spec, model)
+    dtype = cast(Dtype, spec.model["dtype"])
+    lm = load_lm(source, dtype=dtype, device=device)
+    found = lm.identity.to_dict()
+    if differences := [key for key in _SAME if found[key] != spec.model.get(key)]:
+        raise _another("model", source, differences, spec.model, found)
+    return lm
+
+
+def origin_tokenizer(spec: StoreSpec, *, model: str | None = None) -> Tokenizer:
+    """Load the tokenizer that a store's tokens came from; as `origin_lm`."""
+    source = _source(spec, model)
+    tokenizer = load_tokenizer(source)
+    found = tokenizer.identity()
+    if differences := [key for key in found if found[key] != spec.tokenizer.get(key)]:
+        raise _another("tokenizer", source, differences, spec.tokenizer, found)
+    return tokenizer
+
+
+def _source(spec: StoreSpec, model: str | None) -> ModelSource:
+    if model is not None:
+        return resolve_model(model)
+    name = spec.model["name"]
+    try:
+        return resolve_model(name, revision=spec.model.get("revision"))
+    except ValueError as error:
+        raise ModelError(
+            f"the store was made with the model {name!r}, which cannot be loaded by that name "
+            f"({error}); say where it is now with --model"
+        ) from error
+
+
+def _another(
+    what: str,
+    source: ModelSource,
+    differences: list[str],
+    expected: dict[str, Any],
+    found: dict[str, Any],
+) -> ModelError:
+    lines = (f"{key}: expected {expected.get(key)!r}, found {found[key]!r}" for key in differences)
+    return ModelError(
+        f"{source.location} is not the {what} that the store came from; " + "; ".join(lines)
+    )
