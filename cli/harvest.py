@@ -51,7 +51,7 @@ def harvest(
         PackingKind, typer.Option(help="joined: rows are full; document: documents stay apart.")
     ] = PackingKind.joined,
     text_field: Annotated[
-        str | None, typer.Option(help="Column with the text  [default: the preset's, else text]")
+        str | None, typer.Option(help="Column with the text  \\[default: the preset's, else text]")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     seed: Seed = 42,
@@ -64,10 +64,10 @@ def harvest(
     ] = None,
     device: Device = "auto",
     batch_rows: Annotated[
-        int | None, typer.Option(help="Rows in one forward pass  [default: 4, on a GPU 32]")
+        int | None, typer.Option(help="Rows in one forward pass  \\[default: 4, on a GPU 32]")
     ] = None,
     chunk_rows: Annotated[
-        int | None, typer.Option(help="Rows committed together  [default: a few MB a layer]")
+        int | None, typer.Option(help="Rows committed together  \\[default: a few MB a layer]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the estimate, stop.")] = False,
 ) -> None:

@@ -24,11 +24,11 @@ StoreArgument = Annotated[Path, typer.Argument(help="An activation store.", meta
 Codec = Annotated[CodecKind, typer.Option(help="How residuals are compressed.")]
 Step = Annotated[
     float | None,
-    typer.Option(help="delta: quantisation step in standard deviations  [default: 0.2]"),
+    typer.Option(help="delta: quantisation step in standard deviations  \\[default: 0.2]"),
 ]
 KeyframeEvery = Annotated[
     int | None,
-    typer.Option(help="delta: layers between keyframes; 0: the first alone  [default: 0]"),
+    typer.Option(help="delta: layers between keyframes; 0: the first alone  \\[default: 0]"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]

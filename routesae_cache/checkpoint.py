@@ -39,6 +39,9 @@ class RunConfig:
     sae: SaeConfig
     width: int
     seed: int
+    """Of the weights."""
+    order_seed: int
+    """Of the order of the tokens."""
     lr: float
     batch_tokens: int
     total_steps: int

@@ -52,6 +52,8 @@ def product(left_MD: Tensor, right_FD: Tensor, bias_F: Tensor | None = None) -> 
     processors that are not Intel's, and as fast on those.
     """
     if _HAS_ONEDNN and left_MD.device.type == "cpu" and left_MD.dtype == torch.float32:
+        if not (right_FD.is_contiguous() or right_FD.t().is_contiguous()):
+            right_FD = right_FD.contiguous()  # with gaps it would be a thousand times slower
         out = torch.ops.mkldnn._linear_pointwise(left_MD, right_FD, bias_F, "none", [], "")
         return cast(Tensor, out)
     return F.linear(left_MD, right_FD, bias_F)

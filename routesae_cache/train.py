@@ -242,6 +242,7 @@ class _Plan:
                 sae=each.sae,
                 width=spec.width,
                 seed=each.seed,
+                order_seed=self.config.seed,
                 lr=self.config.lr if each.lr is None else each.lr,
                 batch_tokens=self.batch_tokens,
                 total_steps=self.total_steps,

@@ -225,12 +225,6 @@ def resize(group: zarr.Group, spec: StoreSpec) -> None:
             array.resize(stored.shape(spec))
 
 
-def chunk_file(path: Path, array: str, chunk: int) -> Path:
-    """The file that holds an array's values of one chunk."""
-    rank = len(json.loads((path / array / "zarr.json").read_text())["shape"])
-    return path.joinpath(array, "c", str(chunk), *["0"] * (rank - 1))
-
-
 def committed_chunks(path: Path, spec: StoreSpec) -> list[int]:
     """Chunks whose last write is down, ascending: those with an element file in `committed`."""
     folder = path / "committed" / "c"

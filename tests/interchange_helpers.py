@@ -51,6 +51,7 @@ def make_run(folder: Path, sae: SaeConfig, change: Callable[[Sae], None] = lambd
         sae=sae,
         width=WIDTH,
         seed=1,
+        order_seed=1,
         lr=1e-3,
         batch_tokens=32,
         total_steps=1,

@@ -13,9 +13,9 @@ from routesae_cache import batches as batches_module
 from routesae_cache.batches import BatchConfig, BatchSource, first_tokens
 from routesae_cache.losses import normalise_token
 from stores.errors import CorruptChunkError, IncompleteStoreError
-from stores.layout import chunk_file
 from stores.reader import StoreReader
 from tests.pipeline_helpers import all_tokens, config, run
+from tests.store_helpers import chunk_file
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.app import app
-from stores.layout import chunk_file
 from stores.writer import StoreWriter
 from tests.pipeline_helpers import array_files
+from tests.store_helpers import chunk_file
 
 HARVEST = ["--tokens", "300", "--eval-tokens", "60", "--context", "16", "--chunk-rows", "4"]
 SMALL = ["--layers", "1-3", "--dtype", "float32", "--device", "cpu"]

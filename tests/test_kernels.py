@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from routesae_cache import kernels
 from routesae_cache.kernels import Support
@@ -175,6 +177,28 @@ def test_products_of_any_layout(dtype: torch.dtype) -> None:
         torch.testing.assert_close(kernels.product(a, b), expected, rtol=1e-4, atol=1e-4)
         biased = kernels.product(a, b, bias)
         torch.testing.assert_close(biased, expected + bias, rtol=1e-4, atol=1e-4)
+
+
+class RightOperands(TorchDispatchMode):
+    """Notes whether the weights of every oneDNN product are without gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.dense.append(args[1].is_contiguous() or args[1].t().is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_never_give_onednn_weights_with_gaps() -> None:
+    x = torch.randn(M, 3, D)[:, 1]
+    g = torch.randn(M, F)
+    with RightOperands() as seen:
+        kernels.product(g.t(), x.t())
+        kernels.product(torch.randn(M, D), torch.randn(F, 2 * D)[:, :D])
+    assert seen.dense == [True, True] or not kernels._HAS_ONEDNN
 
 
 @pytest.mark.parametrize("centred", [True, False])

@@ -62,7 +62,7 @@ class ImportConfig:
 def import_reference(config: ImportConfig) -> RunConfig:
     """Turn a checkpoint into a finished run, which `evaluate` and `export` accept.
 
-    The run's training settings are the paper's; its steps are recorded as 0, its seed as 42, and a
+    The run's training settings are the paper's; its steps are recorded as 0, its seeds as 42, and a
     sparsity weight that was not given as 0.
 
     Raises ReferenceFileError for what cannot be read, or lacks, adds or mis-shapes tensors, and
@@ -87,6 +87,7 @@ def import_reference(config: ImportConfig) -> RunConfig:
         sae=sae_config,
         width=reader.spec.width,
         seed=SEED,
+        order_seed=SEED,
         lr=PAPER_LR,
         batch_tokens=PAPER_BATCH_TOKENS,
         total_steps=0,
