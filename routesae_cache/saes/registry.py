@@ -67,6 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "route_estimator": "straight-through",
         "gated_aux": "paper",
         "crosscoder_bias": True,
+        "initial_threshold": 1.0,
+        "bandwidth": 0.1,
     },
     "paper": {
         "init_bias": "zero",
