@@ -11,6 +11,7 @@ from cli.console import err
 from cli.options import Device, StoreArgument, pick_device
 from cli.training import (
     Log,
+    Replace,
     Resume,
     WandbGroup,
     WandbMode,
@@ -37,6 +38,7 @@ def sweep(
     ] = None,
     device: Device = "auto",
     resume: Resume = False,
+    replace: Replace = False,
     log: Log = None,
     wandb_project: WandbProject = None,
     wandb_name: WandbName = None,
@@ -53,6 +55,7 @@ def sweep(
             out=target or Path("runs") / file.stem,
             device=pick_device(device),
             resume=resume,
+            replace_changed=replace,
             log=log_config(
                 log,
                 wandb_project=wandb_project,

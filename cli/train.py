@@ -12,6 +12,7 @@ from cli.options import Device, Seed, StoreArgument, pick_device
 from cli.training import (
     Log,
     Out,
+    Replace,
     Resume,
     WandbGroup,
     WandbMode,
@@ -88,6 +89,7 @@ def train(
     seed: Seed = 42,
     device: Device = "auto",
     resume: Resume = False,
+    replace: Replace = False,
     log: Log = None,
     wandb_project: WandbProject = None,
     wandb_name: WandbName = None,
@@ -124,6 +126,7 @@ def train(
             seed=seed,
             device=pick_device(device),
             resume=resume,
+            replace_changed=replace,
             log=log_config(
                 log,
                 wandb_project=wandb_project,

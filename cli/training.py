@@ -40,6 +40,12 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with interrupted runs, skip ended and failed ones."),
 ]
+Replace = Annotated[
+    bool,
+    typer.Option(
+        "--replace", help="Move runs made with other settings to OUT/.replaced, train them anew."
+    ),
+]
 Log = Annotated[
     list[str] | None,
     typer.Option(help="wandb or tensorboard, beside the run's metrics.jsonl; may be repeated."),

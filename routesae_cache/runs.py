@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -37,6 +38,7 @@ from routesae_cache.saes.output import SaeOutput
 from routesae_cache.saes.registry import build_sae, short_name
 
 logger = logging.getLogger(__name__)
+REPLACED = ".replaced"
 
 
 class Asked(NamedTuple):
@@ -179,6 +181,18 @@ def settled(folder: Path, name: str) -> RunState | None:
     records = read_metrics(folder)
     state = RunState(name, status)
     return state.after(records[-1]) if records else state
+
+
+def set_aside_changed(folder: Path, config: RunConfig) -> None:
+    """Move a run with other settings into the hidden folder `.replaced` beside it."""
+    if not (folder / CONFIG).exists() or not read_config(folder).differences(config):
+        return
+    numbers = itertools.count(1)
+    places = (folder.parent / REPLACED / f"{folder.name}.{number}" for number in numbers)
+    place = next(place for place in places if not place.exists())
+    place.parent.mkdir(exist_ok=True)
+    folder.rename(place)
+    logger.info("%s was made with other settings; it is in %s now", folder.name, place)
 
 
 def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:

@@ -2,6 +2,7 @@
 
 A sweep file is TOML. `[train]` holds what one would give `routesae train` as options, each
 `[[sae]]` what one would give one `--sae`: a name and options of its own. A list makes a grid.
+An experiment's file is one, too: what it says of the other stages is passed over.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ from routesae_cache.saes.registry import (
 from stores.spec import StoreSpec
 
 Table = Mapping[str, Any]
+EXPERIMENT_KEYS = (
+    "out",
+    "store",
+    "harvest",
+    "evaluate",
+    "contexts",
+    "interpret",
+    "report",
+)
+"""What an experiment's file has beside the tables of a sweep."""
 
 
 class SweepError(ValueError):
@@ -53,10 +64,13 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         SweepError: for what is no such file, and for keys or values that mean nothing.
     """
-    tables = _load(path)
+    tables = load_toml(path)
     with _naming(str(path)):
-        if unknown := sorted(set(tables) - {"train", "sae"}):
-            raise ValueError(f"unknown {', '.join(unknown)}; there are [train] and [[sae]]")
+        if unknown := sorted(set(tables) - {"train", "sae", *EXPERIMENT_KEYS}):
+            raise ValueError(
+                f"unknown {', '.join(unknown)}; there are [train] and [[sae]], and for "
+                f"experiments {', '.join(EXPERIMENT_KEYS)}"
+            )
         common, saes = tables.get("train", {}), tables.get("sae", [])
         if not isinstance(common, dict):
             raise ValueError(f"expected a table [train]; got train = {common!r}")
@@ -138,9 +152,10 @@ _TRAIN_OPTIONS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's tables; SweepError for what is none."""
     if not path.is_file():
-        raise SweepError(f"{path}: expected a sweep file, there is no such file")
+        raise SweepError(f"{path}: expected a TOML file, there is no such file")
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -12,7 +12,16 @@ from pathlib import Path
 from routesae_cache.batches import Batch, BatchConfig, BatchSource, Norm, first_tokens
 from routesae_cache.checkpoint import RunConfig
 from routesae_cache.loggers import LogConfig, LoggerError, prepare_loggers
-from routesae_cache.runs import Asked, Run, RunState, Stream, check_folder, run_names, settled
+from routesae_cache.runs import (
+    Asked,
+    Run,
+    RunState,
+    Stream,
+    check_folder,
+    run_names,
+    set_aside_changed,
+    settled,
+)
 from routesae_cache.saes.config import SaeConfig
 from stores.reader import StoreReader
 from stores.stats import split_stats
@@ -38,6 +47,8 @@ class TrainConfig:
     device: str = "cpu"
     resume: bool = False
     """Go on with runs that were interrupted, and leave those that have ended or failed alone."""
+    replace_changed: bool = False
+    """Move runs that were made with other settings aside, and train them anew."""
     log_every: int | None = None
     """Steps between lines of metrics.jsonl; None: about 200 lines a run."""
     checkpoint_seconds: float = 120.0
@@ -126,6 +137,8 @@ def train(
     plan = _Plan(reader, [Asked(*each) for each in saes], config)
     open_loggers = prepare_loggers(config.log, len(plan.runs))
     for folder, run_config in zip(plan.folders, plan.runs, strict=True):
+        if config.replace_changed:
+            set_aside_changed(folder, run_config)
         check_folder(folder, run_config, config.resume)
     with ExitStack() as closing:
         runs: list[Run | RunState] = []
