@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from routesae_cache.lm import Dtype, LanguageModel, load_lm
@@ -22,9 +24,10 @@ def origin_lm(spec: StoreSpec, *, model: str | None = None, device: str = "cpu")
     Raises:
         ModelError: if there is no such model, or it is another one.
     """
-    source = _source(spec, model)
     dtype = cast(Dtype, spec.model["dtype"])
-    lm = load_lm(source, dtype=dtype, device=device)
+    with _hint(spec, model):
+        source = _source(spec, model)
+        lm = load_lm(source, dtype=dtype, device=device)
     found = lm.identity.to_dict()
     if differences := [key for key in _SAME if found[key] != spec.model.get(key)]:
         raise _another("model", source, differences, spec.model, found)
@@ -33,8 +36,9 @@ def origin_lm(spec: StoreSpec, *, model: str | None = None, device: str = "cpu")
 
 def origin_tokenizer(spec: StoreSpec, *, model: str | None = None) -> Tokenizer:
     """Load the tokenizer that a store's tokens came from; as `origin_lm`."""
-    source = _source(spec, model)
-    tokenizer = load_tokenizer(source)
+    with _hint(spec, model):
+        source = _source(spec, model)
+        tokenizer = load_tokenizer(source)
     found = tokenizer.identity()
     if differences := [key for key in found if found[key] != spec.tokenizer.get(key)]:
         raise _another("tokenizer", source, differences, spec.tokenizer, found)
@@ -44,13 +48,21 @@ def origin_tokenizer(spec: StoreSpec, *, model: str | None = None) -> Tokenizer:
 def _source(spec: StoreSpec, model: str | None) -> ModelSource:
     if model is not None:
         return resolve_model(model)
-    name = spec.model["name"]
+    return resolve_model(spec.model["name"], revision=spec.model.get("revision"))
+
+
+@contextmanager
+def _hint(spec: StoreSpec, model: str | None) -> Iterator[None]:
+    """Say what to do where the name in the store is not enough."""
     try:
-        return resolve_model(name, revision=spec.model.get("revision"))
+        yield
     except ValueError as error:
+        if model is not None:
+            raise
+        name = spec.model["name"]
         raise ModelError(
-            f"the store was made with the model {name!r}, which cannot be loaded by that name "
-            f"({error}); say where it is now with --model"
+            f"the store was made with the model {name!r}, which cannot be loaded by that name; "
+            f"say with --model where it is now. ({error})"
         ) from error
 
 
