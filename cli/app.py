@@ -5,10 +5,15 @@ from __future__ import annotations
 import typer
 
 from cli.console import handled
+from cli.contexts import contexts
 from cli.evaluate import evaluate
 from cli.export import export
 from cli.harvest import harvest
 from cli.import_reference import import_reference
+from cli.interpret import interpret
+from cli.pipeline import pipeline
+from cli.report import report
+from cli.steer import steer
 from cli.store import info, recode, verify
 from cli.sweep import sweep
 from cli.train import train
@@ -27,6 +32,11 @@ app.command("harvest")(handled(harvest))
 app.command("train")(handled(train))
 app.command("sweep")(handled(sweep))
 app.command("evaluate")(handled(evaluate))
+app.command("contexts")(handled(contexts))
+app.command("steer")(handled(steer))
+app.command("pipeline")(handled(pipeline))
+app.command("report")(handled(report))
+app.command("interpret")(handled(interpret))
 app.command("export")(handled(export))
 app.command("import-reference")(handled(import_reference))
 store.command("info")(handled(info))

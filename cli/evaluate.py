@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.markup import escape
 
 from cli.console import bar, err, layer_name, out
+from cli.evaluation_tables import evaluation_tables
 from cli.options import Device, StoreArgument, pick_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from routesae_cache.evaluate import Evaluation
+    from routesae_cache.evaluate import EvaluateConfig
+    from routesae_cache.spliced import SplicedConfig
 
 
 class SplitKind(StrEnum):
@@ -24,6 +25,21 @@ class SplitKind(StrEnum):
 
     eval = "eval"
     train = "train"
+
+
+class AblationKind(StrEnum):
+    """What stands in the residual's place where nothing is reconstructed."""
+
+    zero = "zero"
+    mean = "mean"
+    none = "none"
+
+
+class ScaleKind(StrEnum):
+    """What a router's factor does to a spliced reconstruction."""
+
+    exact = "exact"
+    authors = "authors"
 
 
 def evaluate(
@@ -43,16 +59,55 @@ def evaluate(
     routing_tokens: Annotated[
         int, typer.Option(help="Tokens on which routing is compared with the best layer; 0: none.")
     ] = 8192,
+    spliced: Annotated[
+        bool,
+        typer.Option("--spliced", help="Run the model, too, with reconstructions in place."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="--spliced: where the store's model is now  \\[default: its name there]"),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="--spliced: rows of the split to read  \\[default: all]")
+    ] = None,
+    ablation: Annotated[
+        AblationKind | None,
+        typer.Option(help="--spliced: what `recovered` compares with  \\[default: zero]"),
+    ] = None,
+    splice_scale: Annotated[
+        ScaleKind | None,
+        typer.Option(
+            help="--spliced: code p·x and divide by p, or x as RouteSAE's authors  "
+            "\\[default: exact]"
+        ),
+    ] = None,
+    at_layer: Annotated[
+        int | None,
+        typer.Option(help="--spliced: the one layer of a crosscoder (or MLSAE) to splice."),
+    ] = None,
+    skip_refused: Annotated[
+        bool,
+        typer.Option(
+            "--skip-refused", help="--spliced: leave out the SAEs that have no single layer."
+        ),
+    ] = False,
     device: Device = "auto",
 ) -> None:
-    """Measure reconstruction on held-out tokens, from the store alone."""
+    """Measure reconstruction on held-out tokens from the store; with --spliced in the model."""
     with err.status("Opening the store and the runs"):
-        from routesae_cache.checkpoint import write_json
-        from routesae_cache.evaluate import EvaluateConfig
-        from routesae_cache.evaluate import evaluate as run_evaluation
+        from routesae_cache.checkpoint import read_config, write_json
+        from routesae_cache.evaluate import (
+            EvaluateConfig,
+            evaluate_saes,
+            evaluation_record,
+            load_saes,
+        )
+        from routesae_cache.spliced import check_spliceable, evaluate_spliced, refusal
         from routesae_cache.trained import ReadingRule
         from stores.reader import StoreReader
 
+        if json_path is not None and json_path.is_dir():
+            raise ValueError(f"expected a file to write with --json, found the folder {json_path}")
         config = EvaluateConfig(
             split=split.value,
             batch_tokens=batch_tokens,
@@ -60,21 +115,50 @@ def evaluate(
             routing_tokens=routing_tokens,
             device=pick_device(device),
         )
+        asked = {"model": model, "rows": rows, "ablation": ablation}
+        asked |= {"splice_scale": splice_scale, "at_layer": at_layer}
+        asked |= {"skip_refused": skip_refused or None}
+        splicing = _splice_config(spliced, config, asked)
         reader = StoreReader(store)
-        if json_path is not None:
-            json_path.parent.mkdir(parents=True, exist_ok=True)
+        refused: dict[str, str] = {}
+        passes = 0
+        if splicing:
+            configs = [read_config(run) for run in runs]
+            if skip_refused:
+                found_why = {each.name: refusal(each, splicing) for each in configs}
+                refused = {name: why for name, why in found_why.items() if why is not None}
+            passes = check_spliceable([c for c in configs if c.name not in refused], splicing)
+        saes = load_saes(reader.spec, runs, config)
+    for why in refused.values():
+        err.print(f"[yellow]Not spliced:[/] {escape(why)}", soft_wrap=True)
+    if splicing and len(refused) < len(saes):
+        with err.status("Loading the model"):
+            from routesae_cache.kernels import keep_freed_memory
+            from routesae_cache.origin import origin_lm
+
+            keep_freed_memory()
+            lm = origin_lm(reader.spec, model=model, device=config.device)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
     with bar("Evaluating") as update:
-        results = run_evaluation(
-            reader, runs, config, lambda done, total: update(completed=done, total=total)
+        results = evaluate_saes(
+            reader, saes, config, lambda done, total: update(completed=done, total=total)
         )
-    out.print(_reconstruction_table(results))
-    routed = [result for result in results if result.reconstruction.router_share]
-    if routed:
-        out.print(_routing_table(routed))
-    used = [result for result in results if result.reconstruction.layer_use]
-    used = [result for result in used if len(result.reconstruction.layer_use or ()) > 1]
-    if used:
-        out.print(_layer_table(used))
+    if splicing and (chosen := [sae for sae in saes if sae.config.name not in refused]):
+        with bar(f"Splicing, {passes} passes a row") as update:
+            found = evaluate_spliced(
+                reader,
+                lm,
+                chosen,
+                splicing,
+                lambda done, total: update(completed=done, total=total),
+            )
+        by_run = {sae.run: one for sae, one in zip(chosen, found, strict=True)}
+        results = [
+            dataclasses.replace(result, spliced=by_run.get(result.run)) for result in results
+        ]
+    for table in evaluation_tables(results, reader.spec.model["name"]):
+        out.print(table)
     for result in results:
         if (layer := result.collapsed_onto) is not None:
             err.print(
@@ -82,66 +166,29 @@ def evaluate(
                 f"{layer_name(layer)}: the router has collapsed"
             )
     if json_path is not None:
-        write_json(json_path, json.loads(json.dumps([r.to_dict() for r in results])))
+        record = evaluation_record(store, config.split, results)
+        write_json(json_path, json.loads(json.dumps(record)))
         out.print(f"Results as JSON: {json_path}")
 
 
-def _reconstruction_table(results: Sequence[Evaluation]) -> Table:
-    tokens = results[0].reconstruction.tokens
-    table = Table(title=f"Reconstruction on {tokens:,} tokens", title_justify="left")
-    table.add_column("run", overflow="fold")
-    table.add_column("reads", overflow="fold")
-    for name in ("latents", "NormMSE", "explained", "L0", "dead"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for result in results:
-        metrics, sae = result.reconstruction, result.config.sae
-        reads = layer_name(sae.layers[0]) if len(sae.layers) == 1 else f"{len(sae.layers)} layers"
-        table.add_row(
-            result.config.name,
-            reads,
-            f"{sae.latents}",
-            f"{metrics.nmse:.4f}",
-            f"{metrics.explained_variance:.1%}",
-            f"{metrics.l0:.1f}",
-            f"{metrics.dead_share:.1%}",
-        )
-    return table
+def _splice_config(
+    wanted: bool, config: EvaluateConfig, asked: dict[str, Any]
+) -> SplicedConfig | None:
+    """What --spliced and its options mean together; ValueError for those without it."""
+    from routesae_cache.spliced import SplicedConfig
 
-
-def _routing_table(results: Sequence[Evaluation]) -> Table:
-    from routesae_cache.evaluate import uniform_entropy
-
-    table = Table(title="Routing: NormMSE by who picks the layer", title_justify="left")
-    table.add_column("run", overflow="fold")
-    for name in ("router", "random layer", "best layer", "entropy", "of uniform"):
-        table.add_column(name, justify="right")
-    for result in results:
-        entropy = result.reconstruction.router_entropy
-        assert entropy is not None
-        routing = result.routing
-        by = (routing.router, routing.random, routing.oracle) if routing else (None,) * 3
-        table.add_row(
-            result.config.name,
-            *("-" if value is None else f"{value:.4f}" for value in by),
-            f"{entropy:.3f} nats",
-            f"{entropy / uniform_entropy(len(result.config.sae.layers)):.0%}",
-        )
-    return table
-
-
-def _layer_table(results: Sequence[Evaluation]) -> Table:
-    table = Table(title="Share of tokens read from each layer", title_justify="left")
-    table.add_column("layer")
-    for result in results:
-        table.add_column(result.config.name, overflow="fold")
-    layers = sorted({layer for r in results for layer in r.reconstruction.layer_use or ()})
-    widest = max(max((r.reconstruction.layer_use or {}).values()) for r in results)
-    for layer in layers:
-        cells = []
-        for result in results:
-            share = (result.reconstruction.layer_use or {}).get(layer)
-            cells.append(
-                "" if share is None else f"{share:6.1%} {'█' * round(20 * share / widest)}"
-            )
-        table.add_row(layer_name(layer), *cells)
-    return table
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not wanted:
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{names} belongs to --spliced; add that, or leave it out")
+        return None
+    ablation = given.get("ablation", AblationKind.zero)
+    return SplicedConfig(
+        split=config.split,
+        rows=given.get("rows"),
+        batch_tokens=config.batch_tokens,
+        ablation=None if ablation is AblationKind.none else ablation.value,
+        scale=given.get("splice_scale", ScaleKind.exact).value,
+        at_layer=given.get("at_layer"),
+    )

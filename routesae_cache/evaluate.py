@@ -1,4 +1,4 @@
-"""Reconstruction metrics of finished runs, from the store alone."""
+"""Reconstruction metrics of finished runs, from the store alone, and the record of all metrics."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from routesae_cache.metrics import (
     ReconstructionSums,
     RoutingQuality,
     RoutingSums,
+    Spliced,
 )
 from routesae_cache.trained import OWN_RULE, ReadingRule, Residuals, TrainedSae, layers_read
 from stores.reader import StoreReader
@@ -48,6 +49,8 @@ class Evaluation:
     reconstruction: Reconstruction
     routing: RoutingQuality | None
     """None for SAEs that do not route hard."""
+    spliced: Spliced | None = None
+    """What `evaluate_spliced` found; None where that was not asked."""
 
     @property
     def collapsed_onto(self) -> int | None:
@@ -68,7 +71,18 @@ class Evaluation:
             **dataclasses.asdict(self.reconstruction),
             "routing": dataclasses.asdict(self.routing) if self.routing else None,
             "collapsed_onto": self.collapsed_onto,
+            "spliced": dataclasses.asdict(self.spliced) if self.spliced else None,
         }
+
+
+def evaluation_record(store: Path, split: Split, results: Sequence[Evaluation]) -> dict[str, Any]:
+    """All results of one call as a JSON object."""
+    return {
+        "kind": "evaluation",
+        "store": str(store),
+        "split": split,
+        "results": [result.to_dict() for result in results],
+    }
 
 
 def evaluate(
@@ -82,7 +96,22 @@ def evaluate(
     Raises RunError for what is no finished run or was trained on another model's residuals, and
     ValueError for contradicting rules and for layers that the store lacks.
     """
-    evaluators = [_Evaluator(run, reader.spec, config) for run in runs]
+    return evaluate_saes(reader, load_saes(reader.spec, runs, config), config, progress)
+
+
+def load_saes(spec: StoreSpec, runs: Sequence[Path], config: EvaluateConfig) -> list[TrainedSae]:
+    """Finished runs' SAEs as they are to be evaluated; raises what `evaluate` does."""
+    return [TrainedSae(run, spec, rule=config.rule, device=config.device) for run in runs]
+
+
+def evaluate_saes(
+    reader: StoreReader,
+    saes: Sequence[TrainedSae],
+    config: EvaluateConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Evaluation]:
+    """As `evaluate`, of SAEs from `load_saes`."""
+    evaluators = [_Evaluator(sae, config) for sae in saes]
     layers = layers_read(evaluator.sae.config for evaluator in evaluators)
     batch_config = BatchConfig(
         layers=layers,
@@ -108,9 +137,8 @@ def evaluate(
 class _Evaluator:
     """Sums of one run."""
 
-    def __init__(self, run: Path, spec: StoreSpec, config: EvaluateConfig) -> None:
-        self.sae = TrainedSae(run, spec, rule=config.rule, device=config.device)
-        sae = self.sae.config.sae
+    def __init__(self, trained: TrainedSae, config: EvaluateConfig) -> None:
+        self.sae, sae = trained, trained.config.sae
         self._sums = ReconstructionSums(sae.layers, self.sae.config.width, sae.latents)
         self._routes = sae.selector == "route" and sae.hard and config.routing_tokens > 0
         self._routing, self._routing_left = RoutingSums(), config.routing_tokens

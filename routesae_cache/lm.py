@@ -6,12 +6,15 @@ embedding) and a model of n blocks has the layers 0 … n. It is the index of Hu
 """
 
 import contextlib
+import copy
+import inspect
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -59,6 +62,24 @@ class ModelShape:
     """The most positions in a row; None where there is no such limit."""
 
 
+class States(NamedTuple):
+    """What one forward pass leaves, short of the logits."""
+
+    residuals: list[Tensor]
+    """Of the layers asked for, in the order asked, each (R, T, D)."""
+    final_RTD: Tensor
+    """What enters the head: the decoder's output, after the final norm."""
+
+
+class OutputForms(NamedTuple):
+    """In what form a model's parts return their output."""
+
+    decoder: type[Any]
+    """Class of the decoder's output."""
+    extras: list[int | None]
+    """For each block what its tuple has besides the residual; None where it returns a tensor."""
+
+
 class LanguageModel:
     """A causal language model in inference mode, whose residual streams can be read.
 
@@ -94,12 +115,14 @@ class LanguageModel:
         asked for and the head are not run. Padding at the end of a row needs no mask, for what
         comes later never reaches what comes before. ValueError for a layer beyond the model's.
         """
-        if beyond := [layer for layer in layers if not 0 <= layer <= self.n_layers]:
-            raise ValueError(f"the model has the layers 0-{self.n_layers}, asked for {beyond}")
-        kept: dict[int, Tensor] = {}
-        with torch.inference_mode(), self._reading(set(layers), kept):
-            self.model(ids_RT.to(self.device, torch.long), use_cache=False)
-        return [kept[layer] for layer in layers]
+        self.check_layers(layers)
+        return self._read(ids_RT, layers)
+
+    def states(self, ids_RT: Tensor, layers: Sequence[int] = ()) -> States:
+        """As `residuals`, and what enters the head, which alone is not run."""
+        self.check_layers(layers)
+        *residuals, final_RTD = self._read(ids_RT, [*layers, self.n_layers + 1])
+        return States(residuals, final_RTD)
 
     def logits(self, ids_RT: Tensor) -> Tensor:
         """The next-token logits (R, T, V)."""
@@ -108,9 +131,81 @@ class LanguageModel:
         logits: Tensor = output.logits
         return logits
 
+    def extend(self, ids_RT: Tensor, cache: Any | None = None) -> tuple[Tensor, Any]:
+        """The next-token logits (R, V) after more tokens, and the cache with these taken in.
+
+        Args:
+            cache: as an earlier call returned it, not to be used again; None for a first call.
+
+        Raises:
+            ModelError: if the model keeps no keys and values of earlier tokens.
+        """
+        if "past_key_values" not in inspect.signature(self.model.forward).parameters:
+            raise ModelError(
+                f"{type(self.model).__name__} keeps no cache of keys and values; expected a model "
+                "that does, to continue a text token by token"
+            )
+        with torch.inference_mode():
+            output = self.model(
+                ids_RT.to(self.device, torch.long),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1], output.past_key_values
+
+    def residuals_behind(
+        self, ids_RT: Tensor, layers: Sequence[int], cache: Any | None
+    ) -> list[Tensor]:
+        """As `residuals`, of tokens that come after those in a cache of `extend`.
+
+        The cache stays as it is: a copy takes the tokens in, for not every kind of cache (sliding
+        windows, running states) can be cut back.
+        """
+        return self._read(ids_RT, layers, past_key_values=copy.deepcopy(cache), use_cache=True)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens after which generation ends, by the model's generation configuration."""
+        ids = self.model.generation_config.eos_token_id
+        return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+
+    def check_layers(self, layers: Iterable[int]) -> None:
+        """ValueError for layers that the model does not have."""
+        if beyond := [layer for layer in layers if not 0 <= layer <= self.n_layers]:
+            raise ValueError(f"the model has the layers 0-{self.n_layers}, asked for {beyond}")
+
+    @cached_property
+    def output_forms(self) -> OutputForms:
+        """Found by passing a token through."""
+        found: dict[nn.Module, Any] = {}
+
+        def note(module: nn.Module, _: Any, output: Any) -> None:
+            found[module] = output
+
+        decoder = self.model.get_decoder()
+        with contextlib.ExitStack() as hooks:
+            for module in (decoder, *self.blocks):
+                hooks.callback(module.register_forward_hook(note).remove)
+            self.logits(torch.zeros(1, 1))
+        outputs = (found[block] for block in self.blocks)
+        extras = [None if isinstance(out, Tensor) else len(out) - 1 for out in outputs]
+        return OutputForms(type(found[decoder]), extras)
+
+    def _read(
+        self, ids_RT: Tensor, layers: Sequence[int], use_cache: bool = False, **options: Any
+    ) -> list[Tensor]:
+        kept: dict[int, Tensor] = {}
+        with torch.inference_mode(), self._reading(set(layers), kept):
+            self.model(ids_RT.to(self.device, torch.long), use_cache=use_cache, **options)
+        return [kept[layer] for layer in layers]
+
     @contextlib.contextmanager
     def _reading(self, layers: set[int], kept: dict[int, Tensor]) -> Iterator[None]:
-        """Put the layers into `kept` as a forward pass comes by, and end it after the deepest."""
+        """Put the layers into `kept` as a forward pass comes by, and end it after the deepest.
+
+        The layer beyond the last stands for the decoder's output.
+        """
         deepest = max(layers)
 
         def keep(layer: int, residual_RTD: Tensor) -> None:
@@ -127,12 +222,13 @@ class LanguageModel:
 
             return hook
 
+        modules = [*self.blocks, self.model.get_decoder()]
         with contextlib.ExitStack() as hooks, contextlib.suppress(_DeepestReached):
             for layer in layers:
                 if layer == 0:
                     handle = self.blocks[0].register_forward_pre_hook(on_entry, with_kwargs=True)
                 else:
-                    handle = self.blocks[layer - 1].register_forward_hook(after(layer))
+                    handle = modules[layer - 1].register_forward_hook(after(layer))
                 hooks.callback(handle.remove)
             yield
 

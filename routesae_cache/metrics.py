@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,3 +121,146 @@ class RoutingSums:
         return RoutingQuality(
             tokens=n, router=self._router / n, random=self._random / n, oracle=self._oracle / n
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure and how well the rows that were read determine it."""
+
+    mean: float
+    se: float | None
+    """Standard error over rows; None where there is one row alone."""
+
+
+class RowSums:
+    """Adds up several sums of each row, so that a figure made of them comes with its error.
+
+    Rows are what is drawn; the tokens in one are not independent. Kept are the mean of the rows'
+    sums and the products of their deviations from it: memory does not grow with rows.
+
+    Args:
+        sums: how many there are of each row, S.
+    """
+
+    def __init__(self, sums: int) -> None:
+        self.rows = 0
+        self._mean_S = torch.zeros(sums, dtype=torch.float64)
+        self._products_SS = torch.zeros(sums, sums, dtype=torch.float64)
+
+    def add(self, sums_RS: Tensor) -> None:
+        """Add R rows, as Chan, Golub and LeVeque 1983 join two samples."""
+        sums_RS = sums_RS.to("cpu", torch.float64)
+        mean_S = sums_RS.mean(0)
+        off_RS, shift_S = sums_RS - mean_S, mean_S - self._mean_S
+        share = len(sums_RS) / (self.rows + len(sums_RS))
+        self._products_SS += off_RS.T @ off_RS + self.rows * share * shift_S.outer(shift_S)
+        self._mean_S += share * shift_S
+        self.rows += len(sums_RS)
+
+    def estimate(self, figure: Callable[[Tensor], Tensor]) -> Estimate:
+        """A figure of the rows' mean sums (S,), with its standard error by the delta method.
+
+        For a ratio of two sums that is the usual error of a ratio estimator over clusters.
+        """
+        mean_S = self._mean_S.clone().requires_grad_()
+        value = figure(mean_S)
+        (slope_S,) = torch.autograd.grad(value, mean_S)
+        mean = float(value.detach())
+        if self.rows == 1:
+            return Estimate(mean=mean, se=None)
+        variance = slope_S @ self._products_SS @ slope_S / (self.rows * (self.rows - 1))
+        return Estimate(mean=mean, se=float(variance.clamp_min(0).sqrt()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplicedMetrics:
+    """What a reconstruction in the residual's place does to the model's predictions."""
+
+    kl: Estimate
+    """KL(original ‖ spliced) of the next-token distributions, in nats a token."""
+    kl_per_row: Estimate
+    """The same summed over a row's tokens, as the RouteSAE authors report it."""
+    delta_ce: Estimate
+    """Cross-entropy of the next token, spliced less original, in nats."""
+    recovered: Estimate | None
+    """1 - delta_ce / the same of the ablation; None where nothing was ablated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spliced(SplicedMetrics):
+    """The spliced metrics of one SAE, the mean over layers where each is spliced alone."""
+
+    rows: int
+    tokens: int
+    """Spliced and measured; those with a token after them count in cross-entropies."""
+    scale: str
+    """What a router's factor does: `exact` or `authors`."""
+    ablation: str | None
+    """What `recovered` compares with: `zero`, `mean` or nothing."""
+    ce: float
+    """Cross-entropy of the model as it is, in nats a token."""
+    at_layer: int | None
+    """The one layer asked for, of an SAE that reconstructs several."""
+    per_layer: dict[int, SplicedMetrics] | None
+    """Each layer spliced alone; None where there is one splice alone."""
+
+
+class _MeanSums(NamedTuple):
+    """Means over rows of their sums; C places."""
+
+    tokens: Tensor
+    nexts: Tensor
+    kl_C: Tensor
+    delta_C: Tensor
+    ablated_C: Tensor
+    """Means something where there is an ablation."""
+
+
+class SplicedSums:
+    """Adds up what `SplicedMetrics` reports, of one SAE spliced in C places, each by itself."""
+
+    def __init__(self, places: int, *, ablated: bool) -> None:
+        self._places, self._ablated = places, ablated
+        self._sums = RowSums(3 + places * (3 if ablated else 2))
+        self.tokens = 0
+        """Added so far."""
+
+    @property
+    def rows(self) -> int:
+        """Added so far."""
+        return self._sums.rows
+
+    def add(self, clean_R3: Tensor, kl_RC: Tensor, delta_RC: Tensor, ablated_RC: Tensor) -> None:
+        """Add the sums of R rows.
+
+        Args:
+            clean_R3: number of tokens, number of those with a token after them, and the
+                cross-entropy of the latter in the model as it is.
+            delta_RC: how much more that is with the reconstruction in place.
+            ablated_RC: how much more it is with the ablation in place; (R, 0) without one.
+        """
+        self.tokens += int(clean_R3[:, 0].sum())
+        self._sums.add(torch.cat([clean_R3, kl_RC, delta_RC, ablated_RC], dim=1))
+
+    def ce(self) -> float:
+        """Cross-entropy of the model as it is, a token."""
+        return self._sums.estimate(lambda mean_S: mean_S[2] / mean_S[1]).mean
+
+    def result(self, place: int | None = None) -> SplicedMetrics:
+        """Divide; of one place, or the mean over all."""
+        chosen = slice(None) if place is None else slice(place, place + 1)
+
+        def figure(of: Callable[[_MeanSums], Tensor]) -> Estimate:
+            return self._sums.estimate(lambda mean_S: of(self._split(mean_S, chosen)).mean())
+
+        return SplicedMetrics(
+            kl=figure(lambda m: m.kl_C / m.tokens),
+            kl_per_row=figure(lambda m: m.kl_C),
+            delta_ce=figure(lambda m: m.delta_C / m.nexts),
+            recovered=figure(lambda m: 1 - m.delta_C / m.ablated_C) if self._ablated else None,
+        )
+
+    def _split(self, mean_S: Tensor, chosen: slice) -> _MeanSums:
+        tokens, nexts, _ = mean_S[:3]
+        groups = mean_S[3:].reshape(-1, self._places)[:, chosen]
+        return _MeanSums(tokens, nexts, groups[0], groups[1], groups[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import shutil
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from cli.app import app
+from cli.layer_table import layer_table
 from stores.writer import StoreWriter
 from tests.pipeline_helpers import array_files
 from tests.store_helpers import chunk_file
@@ -81,9 +84,57 @@ def test_evaluate_prints_tables_and_writes_json(
     assert result.exit_code == 0, result.output
     words = ("routesae_k4_f64_s42", "layer 3 (after block 2)", "NormMSE", "best layer")
     assert all(word in result.output for word in words)
-    records = json.loads((tmp_path / "deep" / "eval.json").read_text())
-    assert [Path(record["run"]) for record in records] == runs
-    assert records[0]["routing"]["oracle"] <= records[0]["nmse"]
+    record = json.loads((tmp_path / "deep" / "eval.json").read_text())
+    assert (record["kind"], record["store"], record["split"]) == ("evaluation", str(store), "eval")
+    results = record["results"]
+    assert [Path(one["run"]) for one in results] == runs
+    assert results[0]["routing"]["oracle"] <= results[0]["nmse"]
+    assert [one["spliced"] for one in results] == [None, None]
+
+
+def test_evaluate_spliced(
+    store: Path, runs: list[Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "eval.json"
+    command = ["evaluate", store, *runs, "--spliced", "--model", tiny_model_dir, "--rows", 3]
+    result = routesae(*command, "--ablation", "mean", "--json", file)
+    assert result.exit_code == 0, result.output
+    words = ("Spliced into tiny-llama on 3 rows, 45 tokens", "mean ablation", "each token's")
+    assert all(word in result.output for word in words), result.output
+    spliced = [one["spliced"] for one in json.loads(file.read_text())["results"]]
+    assert [set(one) for one in spliced] == 2 * [
+        {"kl", "kl_per_row", "delta_ce", "recovered", "rows", "tokens", "scale", "ablation"}
+        | {"ce", "at_layer", "per_layer"}
+    ]
+    assert [(one["rows"], one["scale"], one["ablation"]) for one in spliced] == 2 * [
+        (3, "exact", "mean")
+    ]
+    assert spliced[0]["kl_per_row"]["mean"] == pytest.approx(15 * spliced[0]["kl"]["mean"])
+
+
+def test_evaluate_spliced_refuses(store: Path, runs: list[Path], tmp_path: Path) -> None:
+    command = ["evaluate", store, *runs, "--json", tmp_path / "deep" / "eval.json"]
+    refused(
+        routesae(*command, "--rows", 3, "--ablation", "none"), "--rows, --ablation", "--spliced"
+    )
+    refused(routesae(*command, "--spliced"), "'tiny-llama'", "--model")
+    refused(routesae(*command, "--spliced", "--rows", 0), "rows", "at least 1")
+    refused(routesae(*command, "--spliced", "--at-layer", 2), "--at-layer", "crosscoder")
+    refused(routesae(*command[:4], "--json", tmp_path), "the folder")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n_runs", [1, 3, 4, 20])
+def test_layer_tables_fit_whatever_the_number_of_runs(n_runs: int) -> None:
+    name = "route+batchtopk_k32_f16384_route_estimator-straight-through_aggregate-mean_s"
+    share = {layer: layer / 232 for layer in range(7, 23)}
+    console = Console(width=120, file=io.StringIO())
+    console.print(layer_table("Share", [(f"{name}{run}", share) for run in range(n_runs)]))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum(line.count("9.5%") for line in lines) == n_runs
+    assert any("layer 22 (after block 21)" in line for line in lines) == (n_runs <= 3)
+    assert not any("…" in line for line in lines)
 
 
 def test_harvest_again_does_nothing(store: Path, harvest_command: list[Any]) -> None:

@@ -304,7 +304,7 @@ def test_the_command_makes_what_evaluate_accepts(store: Path, tmp_path: Path) ->
     assert "layers 1-3" in result.stdout
     result = routesae("evaluate", store, out, "--json", tmp_path / "e.json")
     assert result.exit_code == 0, result.output
-    (record,) = json.loads((tmp_path / "e.json").read_text())
+    (record,) = json.loads((tmp_path / "e.json").read_text())["results"]
     assert (record["name"], record["l0"]) == ("authors", K)
     again = routesae(*command, "--k", K)
     assert again.exit_code == 2

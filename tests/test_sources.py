@@ -38,7 +38,11 @@ def test_a_preset_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file.write_bytes(b"GGUF....")
     monkeypatch.syspath_prepend(tmp_path)
     wheel = WheelFile(distribution="carrier", package="carrier_of_model", path="model.gguf")
-    monkeypatch.setattr(sources, "MODELS", {"told": ModelPreset(source=wheel, n_layers=1, width=1, block_parameters=1)})
+    monkeypatch.setattr(
+        sources,
+        "MODELS",
+        {"told": ModelPreset(source=wheel, n_layers=1, width=1, block_parameters=1)},
+    )
     assert resolve_model("told") == ModelSource(name="told", kind="gguf", location=str(file))
     assert resolve_model(str(file)).name == "model.gguf"
 

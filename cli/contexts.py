@@ -1,0 +1,175 @@
+"""`routesae contexts`: a store and runs -> the text that each latent is active in."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from cli.console import bar, count, err, layer_name, out
+from cli.evaluate import SplitKind
+from cli.options import Device, StoreArgument, pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from routesae_cache.contexts import Mined
+
+AUTO = "auto"
+
+
+class FormatKind(StrEnum):
+    """What other tools read."""
+
+    delphi = "delphi"
+
+
+def contexts(
+    store: StoreArgument,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN…")],
+    target: Annotated[Path, typer.Option("--out", help="Folder for the results.")],
+    split: Annotated[SplitKind, typer.Option(help="Tokens to look at.")] = SplitKind.eval,
+    threshold: Annotated[
+        str, typer.Option(help="Activations above it count; auto: 15·√(width/2048).")
+    ] = AUTO,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(
+            help="Count interpretable latents at these, too: 2,4,8  \\[default: 1/3 … 5/3 of it]"
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a context at most.")] = 64,
+    per_token: Annotated[
+        int, typer.Option(help="Strongest contexts kept of each latent and token.")
+    ] = 2,
+    min_contexts: Annotated[
+        int, typer.Option(help="Contexts that an interpretable latent has at least.")
+    ] = 5,
+    max_token_types: Annotated[
+        int, typer.Option(help="Different tokens that activate an interpretable latent at most.")
+    ] = 32,
+    other_format: Annotated[
+        FormatKind | None, typer.Option("--format", help="Write this latent cache, too.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the store's model is now  \\[default: its name there]")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens at a time.")] = 2048,
+    device: Device = "auto",
+) -> None:
+    """Find the text that each latent is active in, from the store and its tokenizer alone."""
+    with err.status("Opening the store"):
+        from routesae_cache.contexts import ContextsConfig, mine_contexts
+        from stores.reader import StoreReader
+
+        config = ContextsConfig(
+            out=target,
+            split=split.value,
+            threshold=None if threshold == AUTO else _number("--threshold", threshold),
+            thresholds=None if thresholds is None else _numbers(thresholds),
+            max_tokens=max_tokens,
+            per_token=per_token,
+            min_contexts=min_contexts,
+            max_token_types=max_token_types,
+            delphi=other_format is FormatKind.delphi,
+            model=model,
+            batch_tokens=batch_tokens,
+            device=pick_device(device),
+        )
+        reader = StoreReader(store)
+    with bar("Mining") as update:
+        mined = mine_contexts(
+            reader, runs, config, lambda done, total: update(completed=done, total=total)
+        )
+    out.print(_counts_table(mined))
+    out.print(_thresholds_table(mined))
+    if several := [one for one in mined if _reads_several_layers(one)]:
+        out.print(_layer_table(several))
+    for one in mined:
+        if not one.summary.interpretable:
+            err.print(
+                f"[yellow]No interpretable latent[/] of {one.name} at {one.threshold:.4g}: "
+                f"{one.summary.activations:,} activations are above it, the largest is "
+                f"{one.strongest:.4g}; a lower --threshold may find some",
+                soft_wrap=True,
+            )
+    for one in mined:
+        places = [one.contexts, one.activations, *([one.delphi] if one.delphi else [])]
+        out.print(f"{one.name}: {', '.join(map(str, places))}", soft_wrap=True)
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        expected = "numbers with commas between" if option == "--thresholds" else "auto or a number"
+        raise ValueError(f"{option}: expected {expected}, found {text!r}") from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number("--thresholds", part) for part in text.split(","))
+
+
+def _counts_table(mined: Sequence[Mined]) -> Table:
+    table = Table(title=f"Latents on {mined[0].tokens:,} tokens", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for name in ("threshold", "interpretable", "activated", "activations", "per latent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in mined:
+        summary = one.summary
+        each = summary.activations / max(summary.latents_activated, 1)
+        table.add_row(
+            one.name,
+            f"{one.threshold:.4g}",
+            f"{summary.interpretable:,}",
+            f"{summary.latents_activated:,}",
+            count(summary.activations),
+            f"{each:.3g}",
+        )
+    return table
+
+
+def _thresholds_table(mined: Sequence[Mined]) -> Table:
+    table = Table(title="Interpretable latents by threshold", title_justify="left")
+    table.add_column("threshold", justify="right")
+    for one in mined:
+        table.add_column(one.name, justify="right", overflow="fold")
+    thresholds = sorted({counts.threshold for one in mined for counts in one.summary.by_threshold})
+    for threshold in thresholds:
+        table.add_row(
+            f"{threshold:.4g}",
+            *(
+                "".join(
+                    f"{counts.interpretable:,}"
+                    for counts in one.summary.by_threshold
+                    if counts.threshold == threshold
+                )
+                for one in mined
+            ),
+        )
+    return table
+
+
+def _reads_several_layers(one: Mined) -> bool:
+    return len(one.summary.layer_share or {}) > 1 and one.summary.activations > 0
+
+
+def _layer_table(mined: Sequence[Mined]) -> Table:
+    table = Table(title="Share of activations read from each layer", title_justify="left")
+    table.add_column("layer")
+    for one in mined:
+        table.add_column(one.name, overflow="fold")
+    shares = [one.summary.layer_share or {} for one in mined]
+    widest = max(max(share.values()) for share in shares)
+    for layer in sorted({layer for share in shares for layer in share}):
+        cells = (
+            f"{share[layer]:6.1%} {'█' * round(20 * share[layer] / widest)}"
+            if layer in share
+            else ""
+            for share in shares
+        )
+        table.add_row(layer_name(layer), *cells)
+    return table

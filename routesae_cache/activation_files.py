@@ -1,0 +1,139 @@
+"""Activations on disk, in a parquet file that is written while they are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from routesae_cache.mining import NO_LAYER, Activations, Floats, Ints, joined
+
+_GROUP_ROWS = 1 << 18
+_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+        pa.field("layer", pa.int16()),
+    ]
+)
+_REPEATED = ["row", "position", "layer"]  # worth a dictionary
+
+
+class ActivationFile:
+    """Writes activations to parquet, a bounded number of them at a time.
+
+    Args:
+        context: positions in a row of the store.
+    """
+
+    def __init__(self, path: Path, context: int) -> None:
+        self._path, self._context = path, context
+        self._writer = pq.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=_REPEATED)
+        self._waiting: list[Activations] = []
+        self._n_waiting = 0
+
+    def add(self, found: Activations) -> None:
+        """Add activations, ordered by token."""
+        if not len(found.token_P):
+            return
+        self._waiting.append(found)
+        self._n_waiting += len(found.token_P)
+        if self._n_waiting >= _GROUP_ROWS:
+            self._write()
+
+    def close(self) -> None:
+        """Write what waits and the file's end."""
+        self._write()
+        self._writer.close()
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        with suppress(OSError):  # of a full disk, where even the file's end has no room
+            self._writer.close()
+        self._path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        found = joined(self._waiting)
+        self._waiting, self._n_waiting = [], 0
+        row_P, position_P = np.divmod(found.token_P, self._context)
+        layer_P = pa.array(found.layer_P, mask=found.layer_P == NO_LAYER)
+        columns = [row_P, position_P, found.latent_P]
+        columns = [column.astype(np.int32) for column in columns]
+        self._writer.write_table(pa.table([*columns, found.value_P, layer_P], schema=_SCHEMA))
+
+
+@contextmanager
+def activation_file(path: Path, context: int) -> Iterator[ActivationFile]:
+    """A parquet file to fill, which is there once it is whole; its folder is made with it."""
+    partial = path.parent.with_name(f"{path.parent.name}.{path.name}.partial")
+    file = ActivationFile(partial, context)
+    try:
+        yield file
+        file.close()
+        path.parent.mkdir(exist_ok=True)
+        partial.replace(path)
+    except BaseException:
+        file.abandon()
+        raise
+
+
+class Part(NamedTuple):
+    """Some rows of an activations file, as columns."""
+
+    row_P: NDArray[np.int32]
+    position_P: NDArray[np.int32]
+    latent_P: NDArray[np.int32]
+    value_P: Floats
+    layer_P: NDArray[np.int16]
+    """NO_LAYER where there is none."""
+
+
+def read_activations(path: Path) -> Iterator[Part]:
+    """The rows of an activations file in their order, a bounded number at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_GROUP_ROWS):
+            row, position, latent, activation, layer = batch.columns
+            yield Part(
+                row.to_numpy(),
+                position.to_numpy(),
+                latent.to_numpy(),
+                activation.to_numpy(),
+                layer.fill_null(NO_LAYER).to_numpy(zero_copy_only=False),
+            )
+
+
+class Histograms(NamedTuple):
+    """How often each of some latents took which values."""
+
+    edges_HB: NDArray[np.float64]
+    """From the threshold to the latent's largest value, one more than bins."""
+    counts_HB: Ints
+
+
+def histograms(
+    path: Path, latents: Ints, *, threshold: float, max_F: Floats, bins: int
+) -> Histograms:
+    """Histograms of H latents' values, from an activations file."""
+    edges_HB = np.linspace(threshold, max_F[latents].astype(np.float64), bins + 1, axis=1)
+    index_F = np.full(len(max_F), -1)
+    index_F[latents] = np.arange(len(latents))
+    scale_H = bins / (edges_HB[:, -1] - threshold)
+    counts = np.zeros(len(latents) * bins, np.int64)
+    for part in read_activations(path):
+        index_P = index_F[part.latent_P]
+        wanted = index_P >= 0
+        index_P = index_P[wanted]
+        bin_P = ((part.value_P[wanted] - threshold) * scale_H[index_P]).astype(np.int64)
+        flat_P = index_P * bins + np.minimum(bin_P, bins - 1)
+        counts += np.bincount(flat_P, minlength=len(counts))
+    return Histograms(edges_HB, counts.reshape(-1, bins))

@@ -1,0 +1,1 @@
+"""What the stages left in a folder -> one self-contained HTML page."""
