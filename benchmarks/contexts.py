@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.common import FOLDER, interleaved, recoded, show, spread
 from routesae_cache.batches import BatchConfig, BatchSource
-from routesae_cache.contexts import ContextsConfig, auto_threshold, mine_contexts
+from routesae_cache.contexts.contexts import ContextsConfig, auto_threshold, mine_contexts
 from routesae_cache.kernels import keep_freed_memory
 from routesae_cache.trained import Residuals, TrainedSae, layers_read
 from stores.codecs import DeltaCodec

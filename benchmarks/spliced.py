@@ -15,9 +15,9 @@ from benchmarks.common import FOLDER, interleaved, recoded, show, spread
 from routesae_cache.kernels import keep_freed_memory
 from routesae_cache.lm import LanguageModel, ModelIdentity
 from routesae_cache.origin import origin_lm
-from routesae_cache.predictions import compare_predictions
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.spliced import SplicedConfig, evaluate_spliced
+from routesae_cache.splicing.evaluate import SplicedConfig, evaluate_spliced
+from routesae_cache.splicing.predictions import compare_predictions
 from routesae_cache.train import TrainConfig, train
 from routesae_cache.trained import TrainedSae
 from stores.codecs import DeltaCodec

@@ -16,7 +16,7 @@ from cli.options import Device, StoreArgument, pick_device
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from routesae_cache.contexts import Mined
+    from routesae_cache.contexts.contexts import Mined
 
 AUTO = "auto"
 
@@ -62,7 +62,7 @@ def contexts(
 ) -> None:
     """Find the text that each latent is active in, from the store and its tokenizer alone."""
     with err.status("Opening the store"):
-        from routesae_cache.contexts import ContextsConfig, mine_contexts
+        from routesae_cache.contexts.contexts import ContextsConfig, mine_contexts
         from stores.reader import StoreReader
 
         config = ContextsConfig(

@@ -17,7 +17,7 @@ from cli.options import Device, StoreArgument, pick_device
 
 if TYPE_CHECKING:
     from routesae_cache.evaluate import EvaluateConfig
-    from routesae_cache.spliced import SplicedConfig
+    from routesae_cache.splicing.evaluate import SplicedConfig
 
 
 class SplitKind(StrEnum):
@@ -95,14 +95,15 @@ def evaluate(
 ) -> None:
     """Measure reconstruction on held-out tokens from the store; with --spliced in the model."""
     with err.status("Opening the store and the runs"):
-        from routesae_cache.checkpoint import read_config, write_json
+        from routesae_cache.checkpoint import read_config
         from routesae_cache.evaluate import (
             EvaluateConfig,
             evaluate_saes,
             evaluation_record,
             load_saes,
         )
-        from routesae_cache.spliced import check_spliceable, evaluate_spliced, refusal
+        from routesae_cache.json_files import write_json
+        from routesae_cache.splicing.evaluate import check_spliceable, evaluate_spliced, refusal
         from routesae_cache.trained import ReadingRule
         from stores.reader import StoreReader
 
@@ -175,7 +176,7 @@ def _splice_config(
     wanted: bool, config: EvaluateConfig, asked: dict[str, Any]
 ) -> SplicedConfig | None:
     """What --spliced and its options mean together; ValueError for those without it."""
-    from routesae_cache.spliced import SplicedConfig
+    from routesae_cache.splicing.evaluate import SplicedConfig
 
     given = {name: value for name, value in asked.items() if value is not None}
     if not wanted:

@@ -17,9 +17,13 @@ from cli.options import Seed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from routesae_cache.interpret import InterpretConfig, InterpretPlan, InterpretProgress
-    from routesae_cache.interpretation import Interpretation, LatentResult
-    from routesae_cache.replies import Status
+    from routesae_cache.interpretation.interpret import (
+        InterpretConfig,
+        InterpretPlan,
+        InterpretProgress,
+    )
+    from routesae_cache.interpretation.replies import Status
+    from routesae_cache.interpretation.results import Interpretation, LatentResult
 
 _SHOWN_LATENTS = 10
 _SHOWN_TROUBLE, _SHOWN_CHARACTERS = 5, 200
@@ -78,9 +82,14 @@ def interpret(
     same command asks only for what is missing.
     """
     with err.status("Reading the contexts"):
-        from routesae_cache.chat import ChatConfig, find_key
-        from routesae_cache.interpret import InterpretConfig, plan, replies_path, result_path
-        from routesae_cache.interpret import interpret as run_interpretation
+        from routesae_cache.interpretation.chat import ChatConfig, find_key
+        from routesae_cache.interpretation.interpret import (
+            InterpretConfig,
+            plan,
+            replies_path,
+            result_path,
+        )
+        from routesae_cache.interpretation.interpret import interpret as run_interpretation
 
         config = InterpretConfig(
             chat=ChatConfig(
@@ -166,7 +175,7 @@ def _show(result: Interpretation, max_cost: float | None) -> None:
 
 
 def _score_table(result: Interpretation) -> Table:
-    from routesae_cache.interpretation import LEVELS
+    from routesae_cache.interpretation.results import LEVELS
 
     table = Table(title=f"Interpretation by {escape(result.model)}", title_justify="left")
     table.add_column(escape(result.name), overflow="fold")
@@ -221,7 +230,7 @@ def _detection_line(result: Interpretation) -> str:
 
 
 def _dollars(cost: float | None, model: str) -> str:
-    from routesae_cache.prices import PRICES_FROM
+    from routesae_cache.interpretation.prices import PRICES_FROM
 
     if cost is None:
         return f"cost unknown: no price for {escape(model)} in the table of {PRICES_FROM}"

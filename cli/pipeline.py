@@ -138,7 +138,7 @@ class _Stages:
         """Why a stage is left out although it is not done; None where it is not."""
         if stage != "interpret":
             return None
-        from routesae_cache.chat import ChatConfig, ChatError, find_key
+        from routesae_cache.interpretation.chat import ChatConfig, ChatError, find_key
 
         if not self.experiment.interprets:
             return "the file has no [interpret]"

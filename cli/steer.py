@@ -15,9 +15,9 @@ from cli.console import bar, err, out
 from cli.options import Device, Seed, pick_device
 
 if TYPE_CHECKING:
-    from routesae_cache.dialogues import Prompt
-    from routesae_cache.latent_changes import ChangeKind, LatentChange
-    from routesae_cache.steer import Steered
+    from routesae_cache.steering.changes import ChangeKind, LatentChange
+    from routesae_cache.steering.dialogues import Prompt
+    from routesae_cache.steering.steer import Steered
 
 
 def steer(
@@ -60,10 +60,10 @@ def steer(
 ) -> None:
     """Change latents of an SAE while the model generates, beside its text without that."""
     with err.status("Reading the options"):
-        from routesae_cache.checkpoint import write_json
-        from routesae_cache.latent_changes import ChangedLatents
-        from routesae_cache.steer import SteerConfig
-        from routesae_cache.steer import steer as run_steering
+        from routesae_cache.json_files import write_json
+        from routesae_cache.steering.changes import ChangedLatents
+        from routesae_cache.steering.steer import SteerConfig
+        from routesae_cache.steering.steer import steer as run_steering
         from routesae_cache.trained import TrainedSae
         from stores.layout import read_spec
 
@@ -118,7 +118,7 @@ def steer(
 
 def _changes(latents: list[int], values_of: dict[ChangeKind, list[float]]) -> list[LatentChange]:
     """Latents and values paired in the order in which they were given."""
-    from routesae_cache.latent_changes import LatentChange
+    from routesae_cache.steering.changes import LatentChange
 
     given = {kind: values for kind, values in values_of.items() if values}
     if len(given) != 1:
@@ -137,7 +137,7 @@ def _changes(latents: list[int], values_of: dict[ChangeKind, list[float]]) -> li
 
 
 def _prompts(typed: list[str], dialogues: Path | None, limit: int | None) -> list[Prompt]:
-    from routesae_cache.dialogues import make_prompt, read_prompts
+    from routesae_cache.steering.dialogues import make_prompt, read_prompts
 
     if not typed and dialogues is None:
         raise ValueError("nothing to do: give --prompt or --dialogues")

@@ -80,13 +80,6 @@ class RunConfig:
         ]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
-    temporary = path.with_suffix(path.suffix + ".partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(path)
-
-
 def read_config(run: Path) -> RunConfig:
     """The configuration of a run; RunError where there is none or it cannot be read."""
     path = run / CONFIG

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from routesae_cache.checkpoint import METRICS, RunConfig, write_json
+from routesae_cache.checkpoint import METRICS, RunConfig
+from routesae_cache.json_files import write_json
 
 logger = logging.getLogger(__name__)
 

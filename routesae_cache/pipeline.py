@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from routesae_cache.checkpoint import CONFIG, FAILED, WEIGHTS, write_json
+from routesae_cache.checkpoint import CONFIG, FAILED, WEIGHTS
 from routesae_cache.experiment import STAGES, Experiment, Options, Stage
+from routesae_cache.json_files import write_json
 from routesae_cache.runs import run_names
 from routesae_cache.sweep import complete
 from stores.errors import NotAStoreError

@@ -28,8 +28,8 @@ from routesae_cache.checkpoint import (
     read_config,
     save_checkpoint,
     save_weights,
-    write_json,
 )
+from routesae_cache.json_files import write_json
 from routesae_cache.loggers import JsonLinesLogger, Logger, OpenLogger, RunStatus, read_metrics
 from routesae_cache.losses import normalise_scalar, normalise_token
 from routesae_cache.optim import build_optimizer, lr_factor, set_lr

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from routesae_cache.checkpoint import CONFIG, RunConfig, save_weights, write_json
+from routesae_cache.checkpoint import CONFIG, RunConfig, save_weights
+from routesae_cache.json_files import write_json
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.registry import build_sae
 from routesae_cache.saes.sae import Sae

@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 
-from routesae_cache.chat import Chat, ChatConfig, ChatError, Reply, RequestFailedError, find_key
-from routesae_cache.excerpts import Context
-from routesae_cache.prices import PRICES, Usage, cost_usd
-from routesae_cache.prompts import Question, ask_for_explanation, ask_for_matches
+from routesae_cache.interpretation.chat import (
+    Chat,
+    ChatConfig,
+    ChatError,
+    Reply,
+    RequestFailedError,
+    find_key,
+)
+from routesae_cache.interpretation.excerpts import Context
+from routesae_cache.interpretation.prices import PRICES, Usage, cost_usd
+from routesae_cache.interpretation.prompts import Question, ask_for_explanation, ask_for_matches
 from tests.chat_server import (
     FAULTS,
     KEY,

@@ -12,8 +12,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from routesae_cache.context_text import _BYTE_OF_LETTER, _SENTENCE_END, CLOSE, OPEN, StoreText
-from routesae_cache.mining import NO_TYPE
+from routesae_cache.contexts.mining import NO_TYPE
+from routesae_cache.contexts.text import _BYTE_OF_LETTER, _SENTENCE_END, CLOSE, OPEN, StoreText
 from routesae_cache.text import Document
 from routesae_cache.tokens import Packing, Tokenizer, rows, wrap_tokenizer
 from stores.layout import TokenRows

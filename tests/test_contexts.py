@@ -18,10 +18,10 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 from cli.app import app
-from routesae_cache import activation_files
 from routesae_cache.checkpoint import load_run
-from routesae_cache.context_text import CLOSE, OPEN, StoreText
-from routesae_cache.contexts import ContextsConfig, Mined, auto_threshold, mine_contexts
+from routesae_cache.contexts import activation_files
+from routesae_cache.contexts.contexts import ContextsConfig, Mined, auto_threshold, mine_contexts
+from routesae_cache.contexts.text import CLOSE, OPEN, StoreText
 from routesae_cache.origin import origin_tokenizer
 from routesae_cache.train import TrainConfig, train
 from stores.reader import StoreReader

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from safetensors.numpy import load_file
 
-from routesae_cache import delphi_cache
-from routesae_cache.activation_files import activation_file
-from routesae_cache.delphi_cache import TensorFile, hookpoints, write_delphi
-from routesae_cache.mining import Activations
+from routesae_cache.contexts import delphi_cache
+from routesae_cache.contexts.activation_files import activation_file
+from routesae_cache.contexts.delphi_cache import TensorFile, hookpoints, write_delphi
+from routesae_cache.contexts.mining import Activations
 from stores.reader import StoreReader
 from tests.pipeline_helpers import array_files, config, run, topk
 

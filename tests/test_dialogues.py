@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from routesae_cache.dialogues import Turn, make_prompt, prompt_ids, read_prompts
+from routesae_cache.steering.dialogues import Turn, make_prompt, prompt_ids, read_prompts
 from routesae_cache.tokens import Tokenizer, wrap_tokenizer
 
 FIRST = "\n\nHuman: Who was first?\n\nAssistant: Ada."

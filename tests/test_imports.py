@@ -30,7 +30,7 @@ TRAINING_SIDE = {
 ALONE = {
     "transformers": {"routesae_cache.lm", "routesae_cache.tokens"},
     "wandb": {"routesae_cache.loggers"},
-    "openai": {"routesae_cache.chat"},
+    "openai": {"routesae_cache.interpretation.chat"},
     "vl_convert": {"routesae_cache.report.assets", "routesae_cache.report.page"},
 }
 

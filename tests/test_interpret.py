@@ -17,9 +17,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.app import app
-from routesae_cache.chat import ChatConfig, ChatError
-from routesae_cache.excerpts import Excerpts, read_excerpts
-from routesae_cache.interpret import (
+from routesae_cache.interpretation.chat import ChatConfig, ChatError
+from routesae_cache.interpretation.excerpts import Excerpts, read_excerpts
+from routesae_cache.interpretation.interpret import (
     InterpretConfig,
     InterpretProgress,
     interpret,
@@ -27,8 +27,8 @@ from routesae_cache.interpret import (
     replies_path,
     result_path,
 )
-from routesae_cache.interpretation import Average, Detection, Interpretation
-from routesae_cache.prompts import ask_for_matches
+from routesae_cache.interpretation.prompts import ask_for_matches
+from routesae_cache.interpretation.results import Average, Detection, Interpretation
 from tests.chat_server import (
     FAULTS,
     KEY,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from routesae_cache import mining
-from routesae_cache.mining import (
+from routesae_cache.contexts import mining
+from routesae_cache.contexts.mining import (
     NO_LAYER,
     NO_TYPE,
     Activations,

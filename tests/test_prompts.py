@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routesae_cache.excerpts import Context
-from routesae_cache.prompts import (
+from routesae_cache.interpretation.excerpts import Context
+from routesae_cache.interpretation.prompts import (
     CATEGORIES,
     FORMS,
     Explanation,

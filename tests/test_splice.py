@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from routesae_cache.lm import LanguageModel, ModelIdentity
-from routesae_cache.splice import head, resumable, resumed, spliced
+from routesae_cache.splicing.splice import head, resumable, resumed, spliced
 from tests.conftest import ARCHITECTURES, BLOCKS, VOCAB
 
 IDENTITY = ModelIdentity(name="tiny", revision=None, config_hash="", weights="", dtype="float32")

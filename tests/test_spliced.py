@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae_cache import passes as passes_module
-from routesae_cache import predictions, spliced
 from routesae_cache.lm import LanguageModel, ModelError
 from routesae_cache.metrics import Estimate, RowSums, Spliced, SplicedMetrics
 from routesae_cache.origin import origin_lm
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.spliced import SplicedConfig, check_spliceable, evaluate_spliced
+from routesae_cache.splicing import evaluate as spliced
+from routesae_cache.splicing import passes as passes_module
+from routesae_cache.splicing import predictions
+from routesae_cache.splicing.evaluate import SplicedConfig, check_spliceable, evaluate_spliced
 from routesae_cache.train import TrainConfig, train
 from routesae_cache.trained import ReadingRule, TrainedSae
 from stores.codecs import Bf16Codec, DeltaCodec, Int8Codec

@@ -20,12 +20,12 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from cli.app import app
-from routesae_cache.dialogues import make_prompt, prompt_ids
-from routesae_cache.latent_changes import ChangedLatents, LatentChange
 from routesae_cache.lm import LanguageModel, ModelError, ModelIdentity
 from routesae_cache.origin import origin_lm, origin_tokenizer
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.steer import (
+from routesae_cache.steering.changes import ChangedLatents, LatentChange
+from routesae_cache.steering.dialogues import make_prompt, prompt_ids
+from routesae_cache.steering.steer import (
     Reader,
     SteerConfig,
     _chooser,

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routesae_cache.checkpoint import CONFIG, RunConfig, load_strictly, save_weights, write_json
+from routesae_cache.checkpoint import CONFIG, RunConfig, load_strictly, save_weights
 from routesae_cache.interchange.folders import check_free, whole_directory
+from routesae_cache.json_files import write_json
 from routesae_cache.layers import default_layer
 from routesae_cache.saes.config import PENALISED, CoderKind, SaeConfig, SelectorKind
 from routesae_cache.saes.registry import build_sae, parse_saes, resolve_name

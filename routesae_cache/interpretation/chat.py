@@ -15,8 +15,8 @@ from typing import Any, Literal, NoReturn, Self
 
 import openai
 
-from routesae_cache.prices import Usage
-from routesae_cache.prompts import FORMS, Question, ReplyFormat
+from routesae_cache.interpretation.prices import Usage
+from routesae_cache.interpretation.prompts import FORMS, Question, ReplyFormat
 
 logger = logging.getLogger(__name__)
 

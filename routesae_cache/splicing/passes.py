@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from routesae_cache.lm import LanguageModel, ModelError
-from routesae_cache.splice import Edit, resumable, resumed, spliced
+from routesae_cache.splicing.splice import Edit, resumable, resumed, spliced
 from stores.reader import StoreReader
 from stores.spec import Split
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from routesae_cache.lm import LanguageModel
-from routesae_cache.splice import head
+from routesae_cache.splicing.splice import head
 
 _SLICE_VALUES = 1 << 23  # of logits from one product of the head, whatever the vocabulary
 _BLOCK_VALUES = 1 << 20  # of those on a CPU, from logits to sums while they are in its cache

@@ -17,10 +17,10 @@ from routesae_cache.checkpoint import RunConfig
 from routesae_cache.lm import LanguageModel
 from routesae_cache.losses import Normalised
 from routesae_cache.metrics import Spliced, SplicedSums
-from routesae_cache.passes import CleanPass, Passes, Splice, check_residuals, row_batches
-from routesae_cache.predictions import compare_predictions
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import SaeOutput
+from routesae_cache.splicing.passes import CleanPass, Passes, Splice, check_residuals, row_batches
+from routesae_cache.splicing.predictions import compare_predictions
 from routesae_cache.trained import Residuals, TrainedSae, layers_read, reconstruction_MD
 from stores.reader import StoreReader
 from stores.spec import Split

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from routesae_cache.chat import Reply
-from routesae_cache.prices import Usage
-from routesae_cache.prompts import PROMPT_VERSION, Answer, Question, Unparsed
+from routesae_cache.interpretation.chat import Reply
+from routesae_cache.interpretation.prices import Usage
+from routesae_cache.interpretation.prompts import PROMPT_VERSION, Answer, Question, Unparsed
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from routesae_cache.activation_files import histograms
-from routesae_cache.context_text import StoreText
-from routesae_cache.mining import NO_LAYER, Activations, Ints, StrongestFew, Tally
+from routesae_cache.contexts.activation_files import histograms
+from routesae_cache.contexts.mining import NO_LAYER, Activations, Ints, StrongestFew, Tally
+from routesae_cache.contexts.text import StoreText
 
 _BINS = 20
 Record = dict[str, Any]

@@ -13,18 +13,10 @@ from typing import NamedTuple, get_args
 import numpy as np
 import torch
 
-from routesae_cache.activation_files import activation_file
 from routesae_cache.batches import Batch, BatchConfig, BatchSource
-from routesae_cache.context_records import (
-    Summary,
-    context_records,
-    latent_records,
-    summarise,
-    write_record,
-)
-from routesae_cache.context_text import StoreText
-from routesae_cache.delphi_cache import split_rows, write_delphi
-from routesae_cache.mining import (
+from routesae_cache.contexts.activation_files import activation_file
+from routesae_cache.contexts.delphi_cache import split_rows, write_delphi
+from routesae_cache.contexts.mining import (
     NO_LAYER,
     Activations,
     Floats,
@@ -34,6 +26,14 @@ from routesae_cache.mining import (
     float32_at_most,
     strongest_layer_of_each,
 )
+from routesae_cache.contexts.records import (
+    Summary,
+    context_records,
+    latent_records,
+    summarise,
+    write_record,
+)
+from routesae_cache.contexts.text import StoreText
 from routesae_cache.origin import origin_tokenizer
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import DenseLatents, FlatLatents, Latents, RowLatents

@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from routesae_cache.dialogues import Prompt, prompt_ids
-from routesae_cache.latent_changes import ChangedLatents
 from routesae_cache.lm import LanguageModel
-from routesae_cache.splice import Edit, spliced
+from routesae_cache.splicing.splice import Edit, spliced
+from routesae_cache.steering.changes import ChangedLatents
+from routesae_cache.steering.dialogues import Prompt, prompt_ids
 from routesae_cache.tokens import Tokenizer
 
 

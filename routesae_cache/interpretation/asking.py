@@ -7,16 +7,16 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from routesae_cache.chat import (
+from routesae_cache.interpretation.chat import (
     MOST_REPLY_TOKENS,
     Chat,
     ChatError,
     Reply,
     RequestFailedError,
 )
-from routesae_cache.prices import Usage, cost_usd
-from routesae_cache.prompts import Question, ReplyFormat
-from routesae_cache.replies import Outcome, ReplyLog
+from routesae_cache.interpretation.prices import Usage, cost_usd
+from routesae_cache.interpretation.prompts import Question, ReplyFormat
+from routesae_cache.interpretation.replies import Outcome, ReplyLog
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from routesae_cache.excerpts import Context
+from routesae_cache.interpretation.excerpts import Context
 
 Kind = Literal["explanation", "detection"]
 ReplyFormat = Literal["json", "text"]

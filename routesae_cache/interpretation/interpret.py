@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from routesae_cache.asking import Asker, Budget, side_by_side
-from routesae_cache.chat import Chat, ChatConfig, ChatError, find_key
-from routesae_cache.checkpoint import write_json
-from routesae_cache.excerpts import ExcerptFile, Excerpts, read_excerpts
-from routesae_cache.interpretation import Detection, Interpretation, LatentResult
-from routesae_cache.prices import PRICES, PRICES_FROM, Usage, cost_usd
-from routesae_cache.prompts import (
+from routesae_cache.interpretation.asking import Asker, Budget, side_by_side
+from routesae_cache.interpretation.chat import Chat, ChatConfig, ChatError, find_key
+from routesae_cache.interpretation.excerpts import ExcerptFile, Excerpts, read_excerpts
+from routesae_cache.interpretation.prices import PRICES, PRICES_FROM, Usage, cost_usd
+from routesae_cache.interpretation.prompts import (
     EXPECTED_REPLY_TOKENS,
     Explanation,
     Matches,
@@ -24,7 +22,9 @@ from routesae_cache.prompts import (
     ask_for_explanation,
     ask_for_matches,
 )
-from routesae_cache.replies import Outcome, ReplyLog
+from routesae_cache.interpretation.replies import Outcome, ReplyLog
+from routesae_cache.interpretation.results import Detection, Interpretation, LatentResult
+from routesae_cache.json_files import write_json
 
 _SOME_EXPLANATION = "word " * EXPECTED_REPLY_TOKENS  # for estimates
 

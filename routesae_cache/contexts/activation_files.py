@@ -12,7 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from routesae_cache.mining import NO_LAYER, Activations, Floats, Ints, joined
+from routesae_cache.contexts.mining import NO_LAYER, Activations, Floats, Ints, joined
 
 _GROUP_ROWS = 1 << 18
 _SCHEMA = pa.schema(

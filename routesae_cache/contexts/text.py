@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from routesae_cache.mining import NO_TYPE, Ints
+from routesae_cache.contexts.mining import NO_TYPE, Ints
 from routesae_cache.tokens import Tokenizer
 from stores.layout import TokenRows
 from stores.reader import StoreReader

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from routesae_cache.prices import Usage, cost_usd
-from routesae_cache.prompts import CATEGORIES, Explanation
-from routesae_cache.replies import Outcome, Status
+from routesae_cache.interpretation.prices import Usage, cost_usd
+from routesae_cache.interpretation.prompts import CATEGORIES, Explanation
+from routesae_cache.interpretation.replies import Outcome, Status
 
 Level = Literal["low-level", "high-level"]
 LEVELS: tuple[Level, ...] = ("low-level", "high-level")

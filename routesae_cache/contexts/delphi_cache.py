@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routesae_cache.activation_files import read_activations
-from routesae_cache.checkpoint import write_json
+from routesae_cache.contexts.activation_files import read_activations
+from routesae_cache.contexts.mining import Ints
 from routesae_cache.interchange.sparsify import hook_name
-from routesae_cache.mining import Ints
+from routesae_cache.json_files import write_json
 from routesae_cache.saes.config import SaeConfig
 from stores.reader import StoreReader
 from stores.spec import Split, StoreSpec

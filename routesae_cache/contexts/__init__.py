@@ -1,0 +1,1 @@
+"""The text that each latent is active in, mined from a store."""

@@ -1,0 +1,1 @@
+"""The model run with reconstructions in the residuals' place."""

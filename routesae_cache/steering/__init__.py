@@ -1,0 +1,1 @@
+"""The model writing with latents held at other values."""
