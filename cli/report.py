@@ -26,10 +26,10 @@ def report(
     ] = 8000,
     model: Annotated[
         str | None,
-        typer.Option(help="Where the store's model is.  [default: the name the store has]"),
+        typer.Option(help="Where the store's model is.  \\[default: the name the store has]"),
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="The store.  [default: where the runs say it is]")
+        Path | None, typer.Option(help="The store.  \\[default: where the runs say it is]")
     ] = None,
     device: Device = "auto",
 ) -> None:
