@@ -20,6 +20,7 @@ K            ?= 32
 EPOCHS       ?= 4
 BATCH_TOKENS ?= 1024
 RESULTS      ?= runs/eval.json
+EXPERIMENT   ?= experiments/demo.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help install harvest train evaluate demo test check format clean
@@ -50,11 +51,8 @@ train: harvest ## train the SAEs from the store, all in one pass
 evaluate: train ## measure every run on held-out tokens
 	$(BIN)/routesae evaluate $(STORE) $(RUNS)/* --json $(RESULTS)
 
-demo: evaluate ## all of the above on a small real model and real news
-	@echo
-	@echo "store    $(STORE)"
-	@echo "runs     $(RUNS)"
-	@echo "results  $(RESULTS)"
+demo: $(READY) ## a whole experiment on a small real model and real news, to a report
+	$(BIN)/routesae pipeline $(EXPERIMENT)
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
