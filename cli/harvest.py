@@ -15,6 +15,7 @@ from cli.options import Codec, CodecKind, Device, KeyframeEvery, Seed, Step, bui
 if TYPE_CHECKING:
     from routesae_cache.harvest import HarvestProgress
     from routesae_cache.harvest_plan import HarvestPlan
+    from routesae_cache.workers import Share
 
 
 class PackingKind(StrEnum):
@@ -69,17 +70,24 @@ def harvest(
     chunk_rows: Annotated[
         int | None, typer.Option(help="Rows committed together  \\[default: a few MB a layer]")
     ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Fill in every N-th chunk, from the I-th (from 0) on."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the estimate, stop.")] = False,
 ) -> None:
     """Run the model once and write its residuals, compressed, into a store.
 
     Interrupted at any instant and started again with the same command, it goes on where it was.
+    Several machines that see one file system share the work: docs/SCALING.md.
     """
     resolved_codec = build_codec(codec, step, keyframe_every)
     with err.status("Looking at the model, the text and the store"):
         from routesae_cache.harvest import harvest as run_harvest
         from routesae_cache.harvest_plan import HarvestConfig, plan_harvest
+        from routesae_cache.workers import Share
 
+        share = None if worker is None else Share.parse(worker)
         plan = plan_harvest(
             HarvestConfig(
                 model=model,
@@ -103,19 +111,20 @@ def harvest(
             )
         )
     _show(plan)
+    if share is not None:
+        _show_share(plan, share)
     plan.check_disk()
     if dry_run:
         return
     if plan.complete:
         out.print(f"{target} is complete: {plan.tokens:,} tokens. Nothing to do.")
         return
+    if share is not None:
+        _harvest_share(plan, share)
+        return
     with bar("Tokens") as update:
         result = run_harvest(plan, _Bar(update))
-    rate = result.tokens / result.seconds if result.seconds else 0
-    out.print(
-        f"Harvested {result.tokens:,} tokens in {duration(result.seconds)} "
-        f"({rate:,.0f} tokens/s) into {target}"
-    )
+    _show_rate(result.tokens, result.seconds, target)
     out.print(f"See what is in it: routesae store info {target}")
 
 
@@ -134,6 +143,42 @@ def _show(plan: HarvestPlan) -> None:
         )
 
 
+def _show_share(plan: HarvestPlan, share: Share) -> None:
+    from routesae_cache.workers import share_left
+
+    left = share_left(plan, share)
+    about = "" if plan.existing else "about "
+    seconds = plan.seconds_left * left.tokens / max(plan.tokens_left, 1)
+    out.print(
+        f"Worker {share}: {about}{left.chunks:,} of {left.chunks_of_all:,} chunks, "
+        f"{left.tokens:,} tokens, about {duration(seconds)}"
+    )
+
+
+def _harvest_share(plan: HarvestPlan, share: Share) -> None:
+    from routesae_cache.workers import harvest_share
+
+    with bar("Tokens") as update:
+        result = harvest_share(plan, share, _Bar(update))
+    _show_rate(result.tokens, result.seconds, plan.config.out)
+    if result.left_of_share:
+        out.print(
+            f"{result.left_of_share:,} chunks of worker {share} are being written by another "
+            "process; should it fail, run this command again"
+        )
+    if result.left:
+        out.print(f"Worker {share} is done, {result.left:,} chunks are left to others")
+    else:
+        out.print(f"The store is complete: routesae store info {plan.config.out}")
+
+
+def _show_rate(tokens: int, seconds: float, target: Path) -> None:
+    rate = tokens / seconds if seconds else 0
+    out.print(
+        f"Harvested {tokens:,} tokens in {duration(seconds)} ({rate:,.0f} tokens/s) into {target}"
+    )
+
+
 class _Bar:
     """Turns a harvest's progress into one line."""
 
@@ -141,6 +186,9 @@ class _Bar:
         self._update, self._phase, self._start = update, "", 0.0
 
     def __call__(self, state: HarvestProgress) -> None:
+        if state.phase == "waiting":
+            self._update(note=f"waiting for token rows, {duration(state.done)}")  # type: ignore[operator]
+            return
         if state.phase != self._phase:
             self._phase, self._start = state.phase, time.perf_counter()
         rate = state.done / max(time.perf_counter() - self._start, 1e-9)

@@ -101,6 +101,19 @@ def test_dry_run_makes_nothing(harvest_command: list[Any], tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_harvest_by_two_workers(harvest_command: list[Any], store: Path, tmp_path: Path) -> None:
+    command = [*harvest_command, "--out", tmp_path / "s.zarr"]
+    shown = routesae(*command, "--worker", "1/2", "--dry-run")
+    assert "Worker 1/2: about 3 of 6 chunks, 192 tokens" in shown.output
+    assert list(tmp_path.iterdir()) == []
+    first = routesae(*command, "--worker", "0/2")
+    assert "Worker 0/2 is done, 3 chunks are left to others" in first.output, first.output
+    assert "Worker 0/2: 0 of 3 chunks" in routesae(*command, "--worker", "0/2").output
+    assert "The store is complete" in routesae(*command, "--worker", "1/2").output
+    assert array_files(tmp_path / "s.zarr") == array_files(store)
+    refused(routesae(*command, "--worker", "2/2"), "i/n", "found 2/2")
+
+
 def test_store_info(store: Path) -> None:
     result = routesae("store", "info", store)
     words = ("tiny-llama", "tiny.jsonl", "layer 1 (after block 0)", "x than bf16", "6 of 6 chunks")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HARVEST_SIDE = {
     *("text", "corpus_files", "tokens", "hub", "sources", "identity", "presets"),
-    *("lm", "gguf", "harvest", "harvest_plan"),
+    *("lm", "gguf", "harvest", "harvest_plan", "workers"),
 }
 TRAINING_SIDE = {
     "batches",
