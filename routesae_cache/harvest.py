@@ -36,15 +36,33 @@ _IN_FLIGHT = 2  # batches waiting to be encoded while the model goes on
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerProgress:
+    """What one of several workers is at."""
+
+    index: int
+    host: str | None
+    """None until it has loaded the model."""
+    pid: int | None
+    tokens_per_second: float
+    chunk: int | None
+    seconds: float
+    """At this chunk so far."""
+    straggles: bool
+    """It takes several times as long as is usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HarvestProgress:
     """How far a harvest is; `done` and `total` are tokens, or seconds and 0 while it waits."""
 
-    phase: Literal["waiting", "tokens", "residuals"]
+    phase: Literal["waiting", "loading", "tokens", "residuals"]
     done: int
     total: int
     bytes_written: int = 0
     values_written: int = 0
     """In the chunks that took `bytes_written`."""
+    workers: tuple[WorkerProgress, ...] = ()
+    """Of a harvest on Ray."""
 
 
 @dataclass(frozen=True, kw_only=True)

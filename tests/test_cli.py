@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,35 @@ def test_harvest_by_two_workers(harvest_command: list[Any], store: Path, tmp_pat
     assert "The store is complete" in routesae(*command, "--worker", "1/2").output
     assert array_files(tmp_path / "s.zarr") == array_files(store)
     refused(routesae(*command, "--worker", "2/2"), "i/n", "found 2/2")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ray", "local"], ["Ray, which is not installed", "pip install 'routesae-cache[ray]'"]),
+        (["--workers", "2"], ["--workers belongs to --ray"]),
+        (["--gpus-per-worker", "1"], ["--gpus-per-worker belongs to --ray"]),
+        (["--ray", "local", "--worker", "0/2"], ["either --worker or --ray"]),
+        (["--ray", "local", "--workers", "0"], ["workers: expected at least 1, found 0"]),
+        (["--ray", "local", "--gpus-per-worker", "-1"], ["expected 0 or more, found -1"]),
+        (["--ray", "ray://head:10001"], ["HOST:PORT", "ray://head:10001"]),
+        (["--ray", "head"], ["HOST:PORT", "'head'"]),
+    ],
+)
+def test_harvest_on_ray_refuses(
+    options: list[str],
+    words: list[str],
+    harvest_command: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = [part for part in harvest_command if part not in ("--device", "cpu")]
+    refused(routesae(*command, "--out", tmp_path / "s.zarr", *options), *words)
+    if "--worker" not in options:
+        again = routesae(*harvest_command, "--out", tmp_path / "s.zarr", "--ray", "local")
+        refused(again, "--device", "--gpus-per-worker")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_store_info(store: Path) -> None:

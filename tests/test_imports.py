@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HARVEST_SIDE = {
     *("text", "corpus_files", "tokens", "hub", "sources", "identity", "presets"),
-    *("lm", "gguf", "harvest", "harvest_plan", "workers"),
+    *("lm", "gguf", "harvest", "harvest_plan", "workers", "ray_harvest"),
 }
 TRAINING_SIDE = {
     "batches",
@@ -30,6 +30,7 @@ TRAINING_SIDE = {
 ALONE = {
     "transformers": {"routesae_cache.lm", "routesae_cache.tokens"},
     "wandb": {"routesae_cache.loggers"},
+    "ray": {"routesae_cache.ray_harvest"},
 }
 
 
