@@ -23,10 +23,10 @@ RESULTS      ?= runs/eval.json
 EXPERIMENT   ?= experiments/demo.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install harvest train evaluate demo test check format clean
+.PHONY: help install harvest train evaluate demo test test-cluster check format clean
 
 help: ## list the targets and variables
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables, for example: make train MODEL=llama-3.2-1b DATASET=openwebtext2 TOKENS=100000000"
 	@grep -E '^[A-Z_]+ +\?=' $(MAKEFILE_LIST) | sed 's/^/    /'
@@ -56,6 +56,9 @@ demo: $(READY) ## a whole experiment on a small real model and real news, to a r
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
+
+test-cluster: $(READY) ## run the tests on a local Ray cluster (two minutes; pip install '.[ray]')
+	$(BIN)/python -m pytest tests/cluster
 
 check: $(READY) ## formatting, lint, types, tests
 	$(BIN)/ruff format --check .

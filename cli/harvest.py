@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.console import bar, duration, err, layer_list, out, size
+from cli.harvesting import HarvestBar, harvest_by_share, harvest_on_cluster, show_rate, show_share
 from cli.options import Codec, CodecKind, Device, KeyframeEvery, Seed, Step, build_codec
 
 if TYPE_CHECKING:
-    from routesae_cache.harvest import HarvestProgress
     from routesae_cache.harvest_plan import HarvestPlan
+    from routesae_cache.ray_harvest import RayConfig
 
 
 class PackingKind(StrEnum):
@@ -69,17 +69,35 @@ def harvest(
     chunk_rows: Annotated[
         int | None, typer.Option(help="Rows committed together  \\[default: a few MB a layer]")
     ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Fill in every N-th chunk, from the I-th (from 0) on."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="local|ADDRESS", help="Fill in chunks on a Ray cluster: local, auto."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="--ray: processes with the model  \\[default: 1]")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="--ray: GPUs of each worker  \\[default: 0]")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the estimate, stop.")] = False,
 ) -> None:
     """Run the model once and write its residuals, compressed, into a store.
 
     Interrupted at any instant and started again with the same command, it goes on where it was.
+    Several machines that see one file system share the work: docs/SCALING.md.
     """
     resolved_codec = build_codec(codec, step, keyframe_every)
+    cluster = _ray_config(ray, workers, gpus_per_worker, worker, device)
     with err.status("Looking at the model, the text and the store"):
         from routesae_cache.harvest import harvest as run_harvest
         from routesae_cache.harvest_plan import HarvestConfig, plan_harvest
+        from routesae_cache.workers import Share
 
+        share = None if worker is None else Share.parse(worker)
         plan = plan_harvest(
             HarvestConfig(
                 model=model,
@@ -97,26 +115,57 @@ def harvest(
                 dtype=dtype.value,
                 revision=revision,
                 attention=attention,
-                device=device,
+                device=cluster.device if cluster else device,
                 batch_rows=batch_rows,
                 chunk_rows=chunk_rows,
-            )
+            ),
+            here=cluster is None,
         )
     _show(plan)
+    if share is not None:
+        show_share(plan, share)
     plan.check_disk()
     if dry_run:
         return
     if plan.complete:
         out.print(f"{target} is complete: {plan.tokens:,} tokens. Nothing to do.")
         return
+    if share is not None:
+        harvest_by_share(plan, share)
+        return
+    if cluster is not None:
+        harvest_on_cluster(plan, cluster)
+        return
     with bar("Tokens") as update:
-        result = run_harvest(plan, _Bar(update))
-    rate = result.tokens / result.seconds if result.seconds else 0
-    out.print(
-        f"Harvested {result.tokens:,} tokens in {duration(result.seconds)} "
-        f"({rate:,.0f} tokens/s) into {target}"
-    )
+        result = run_harvest(plan, HarvestBar(update))
+    show_rate(result.tokens, result.seconds, target)
     out.print(f"See what is in it: routesae store info {target}")
+
+
+def _ray_config(
+    ray: str | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
+    worker: str | None,
+    device: str,
+) -> RayConfig | None:
+    """What the options about Ray mean together; ValueError where they mean nothing."""
+    if ray is None:
+        for name, value in (("--workers", workers), ("--gpus-per-worker", gpus_per_worker)):
+            if value is not None:
+                raise ValueError(f"{name} belongs to --ray; add --ray local or an address")
+        return None
+    if worker is not None:
+        raise ValueError("--worker does without Ray; give either --worker or --ray")
+    if device != "auto":
+        raise ValueError("--device: with --ray leave it out, --gpus-per-worker says it")
+    from routesae_cache.ray_harvest import RayConfig
+
+    return RayConfig(
+        address=ray,
+        workers=1 if workers is None else workers,
+        gpus_per_worker=gpus_per_worker or 0.0,
+    )
 
 
 def _show(plan: HarvestPlan) -> None:
@@ -127,25 +176,8 @@ def _show(plan: HarvestPlan) -> None:
         f"width {spec.width}, rows of {spec.context}, codec {spec.codec}"
     )
     if plan.tokens_left:
+        time_left = "" if plan.seconds_left is None else f", about {duration(plan.seconds_left)}"
         out.print(
             f"To do: {plan.tokens_left:,} of {plan.tokens:,} tokens, about "
-            f"{size(plan.bytes_left)} ({size(plan.bytes_free)} free), about "
-            f"{duration(plan.seconds_left)}"
+            f"{size(plan.bytes_left)} ({size(plan.bytes_free)} free){time_left}"
         )
-
-
-class _Bar:
-    """Turns a harvest's progress into one line."""
-
-    def __init__(self, update: object) -> None:
-        self._update, self._phase, self._start = update, "", 0.0
-
-    def __call__(self, state: HarvestProgress) -> None:
-        if state.phase != self._phase:
-            self._phase, self._start = state.phase, time.perf_counter()
-        rate = state.done / max(time.perf_counter() - self._start, 1e-9)
-        note = f"{rate:,.0f} tokens/s"
-        if state.bytes_written:
-            bits = 8 * state.bytes_written / max(state.values_written, 1)
-            note += f", {size(state.bytes_written)}, {16 / bits:.1f}x under bf16"
-        self._update(completed=state.done, total=state.total, note=note)  # type: ignore[operator]

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -26,7 +27,7 @@ from stores.codecs import Codes, Encoded, Float32, join_blocks
 from stores.errors import NonFiniteError, SpecMismatchError, StoreError
 from stores.layout import TokenRows
 from stores.reader import StoreReader
-from stores.spec import StoreSpec
+from stores.spec import Record, StoreSpec
 from stores.stats import StatsBuilder
 from stores.writer import StoreWriter
 
@@ -35,15 +36,33 @@ _IN_FLIGHT = 2  # batches waiting to be encoded while the model goes on
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarvestProgress:
-    """How far a harvest is; `done` and `total` are tokens."""
+class WorkerProgress:
+    """What one of several workers is at."""
 
-    phase: Literal["tokens", "residuals"]
+    index: int
+    host: str | None
+    """None until it has loaded the model."""
+    pid: int | None
+    tokens_per_second: float
+    chunk: int | None
+    seconds: float
+    """At this chunk so far."""
+    straggles: bool
+    """It takes several times as long as is usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestProgress:
+    """How far a harvest is; `done` and `total` are tokens, or seconds and 0 while it waits."""
+
+    phase: Literal["waiting", "loading", "tokens", "residuals"]
     done: int
     total: int
     bytes_written: int = 0
     values_written: int = 0
     """In the chunks that took `bytes_written`."""
+    workers: tuple[WorkerProgress, ...] = ()
+    """Of a harvest on Ray."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +87,30 @@ def harvest(plan: HarvestPlan, progress: Progress = lambda _: None) -> HarvestRe
     disk is full: what is committed stays.
     """
     plan.check_disk()
-    lm = load_lm(
+    lm = load_model(plan)
+    with store_with_rows(plan, lm.identity.to_dict(), progress) as writer:
+        start = time.perf_counter()
+        tokens = fill_residuals(writer, lm, writer.pending(), progress)
+        return HarvestResult(spec=writer.spec, tokens=tokens, seconds=time.perf_counter() - start)
+
+
+def load_model(plan: HarvestPlan) -> LanguageModel:
+    """The model of a plan, on its device."""
+    return load_lm(
         plan.model,
         dtype=plan.config.dtype,
         device=plan.device,
         attention=plan.config.attention,
     )
-    spec = dataclasses.replace(plan.spec, model=lm.identity.to_dict())
-    with _open(plan, spec) as writer:
+
+
+@contextmanager
+def store_with_rows(plan: HarvestPlan, model: Record, progress: Progress) -> Iterator[StoreWriter]:
+    """The plan's store, this writer's alone, after writing the token rows that it lacks.
+
+    `model` is the identity of the loaded model. Raises what `harvest` does.
+    """
+    with _open_alone(plan, dataclasses.replace(plan.spec, model=model)) as writer:
         if plan.text is not None:
             try:
                 _fill_rows(writer, plan, plan.text, progress)
@@ -83,23 +118,27 @@ def harvest(plan: HarvestPlan, progress: Progress = lambda _: None) -> HarvestRe
                 if not writer.spec.rows:
                     shutil.rmtree(writer.path)  # made just now, for nothing
                 raise
-        start = time.perf_counter()
-        tokens = _fill_residuals(writer, lm, progress)
-        return HarvestResult(spec=writer.spec, tokens=tokens, seconds=time.perf_counter() - start)
+        yield writer
 
 
-def _open(plan: HarvestPlan, spec: StoreSpec) -> StoreWriter:
-    out = plan.config.out
-    if plan.existing is None:
-        if out.exists():  # it was stopped before its rows were complete: nothing is lost
-            StoreWriter(out).close()
-            shutil.rmtree(out)
-        return StoreWriter.create(out, spec)
-    writer = StoreWriter(out)
+def open_existing(plan: HarvestPlan, model: Record, *, shared: bool) -> StoreWriter:
+    """The plan's store, which is there; SpecMismatchError, StoreLockedError."""
+    writer = StoreWriter(plan.config.out, shared=shared)
+    spec = dataclasses.replace(plan.spec, model=model)
     if differences := writer.spec.differences(spec):
         writer.close()
-        raise SpecMismatchError(out, differences)
+        raise SpecMismatchError(writer.path, differences)
     return writer
+
+
+def _open_alone(plan: HarvestPlan, spec: StoreSpec) -> StoreWriter:
+    out = plan.config.out
+    if plan.existing is not None:
+        return open_existing(plan, spec.model, shared=False)
+    if out.exists():  # it was stopped before its rows were complete: nothing is lost
+        StoreWriter(out).close()
+        shutil.rmtree(out)
+    return StoreWriter.create(out, spec)
 
 
 def _fill_rows(
@@ -152,12 +191,15 @@ def _count(spec: StoreSpec, block: TokenRows) -> StoreSpec:
     )
 
 
-def _fill_residuals(writer: StoreWriter, lm: LanguageModel, progress: Progress) -> int:
-    """Compute, encode and commit every pending chunk; returns the number of tokens."""
+def fill_residuals(
+    writer: StoreWriter, lm: LanguageModel, chunks: Sequence[int], progress: Progress
+) -> int:
+    """Compute, encode and commit those of the chunks that this writer can claim.
+
+    Returns the number of tokens; the others are committed or being written by another process.
+    """
     spec, reader = writer.spec, StoreReader(writer.path)
-    pending = writer.pending()
-    total = sum(r.stop - r.start for r in map(spec.chunk_range, pending)) * spec.context
-    state = HarvestProgress(phase="residuals", done=0, total=total)
+    state = HarvestProgress(phase="residuals", done=0, total=sum(map(spec.chunk_tokens, chunks)))
     in_flight: deque[Future[_Encoded]] = deque()
 
     def settle(at_most: int) -> None:
@@ -178,7 +220,10 @@ def _fill_residuals(writer: StoreWriter, lm: LanguageModel, progress: Progress) 
         ThreadPoolExecutor(1, thread_name_prefix="chunk") as background,
         ThreadPoolExecutor(thread_name_prefix="encode") as encoder,
     ):
-        for chunk in pending:
+        for chunk in chunks:
+            if not writer.claim(chunk):
+                state = dataclasses.replace(state, total=state.total - spec.chunk_tokens(chunk))
+                continue
             token_rows = reader.rows(chunk, check=False)
             encoding = _ChunkEncoding(writer, chunk, token_rows, encoder)
             for batch in _batches(len(token_rows.lengths_R), spec.batch_rows):

@@ -91,8 +91,9 @@ class HarvestPlan:
     bytes_left: int
     """Estimate of what is still to be written."""
     bytes_free: int
-    seconds_left: float
-    """Estimate of the forward passes, from the rate of a matrix product measured just now."""
+    seconds_left: float | None
+    """Estimate of the forward passes, from the rate of a matrix product measured just now; None
+    where they are not this machine's."""
 
     @property
     def complete(self) -> bool:
@@ -109,9 +110,10 @@ class HarvestPlan:
             )
 
 
-def plan_harvest(config: HarvestConfig) -> HarvestPlan:
+def plan_harvest(config: HarvestConfig, *, here: bool = True) -> HarvestPlan:
     """Resolve names, compare with the store that is there, estimate size and time.
 
+    `here` is False where other machines have the device.
     Raises ValueErrors: for what the model, text and layers cannot be; SpecMismatchError where
     `config.out` holds something harvested otherwise; StoreError where it is no store.
     """
@@ -120,7 +122,7 @@ def plan_harvest(config: HarvestConfig) -> HarvestPlan:
     if shape.context_limit is not None and config.context > shape.context_limit:
         raise ValueError(f"context {config.context} is beyond the model's {shape.context_limit}")
     tokenizer = load_tokenizer(source)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device) if here else config.device
     existing = _existing(config.out)
     text = _text(config, existing)
     asked = _spec(config, source, shape, tokenizer, text, device)
@@ -135,6 +137,7 @@ def plan_harvest(config: HarvestConfig) -> HarvestPlan:
         tokens = existing.tokens if existing else config.tokens + config.eval_tokens
     left = tokens - _tokens_done(config.out, existing)
     per_token = asked.codec.estimated_bits(len(asked.layers), shape.width) / 8
+    seconds_left = left * _seconds_per_token(source, asked, device) if here and left else 0.0
     return HarvestPlan(
         config=config,
         model=source,
@@ -147,7 +150,7 @@ def plan_harvest(config: HarvestConfig) -> HarvestPlan:
         tokens_left=left,
         bytes_left=int(left * asked.values_per_token * per_token),
         bytes_free=_free_bytes(config.out),
-        seconds_left=left * _seconds_per_token(source, asked, device) if left else 0.0,
+        seconds_left=seconds_left if here else None,
     )
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class StoreError(ValueError):
     """Something is wrong with a store; the message says what was expected and what to do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # what kinds of it are made from is not what they keep: pickled by what they keep
+        return _unpickled, (type(self), self.args, self.__dict__)
 
 
 class NotAStoreError(StoreError):
@@ -76,3 +81,9 @@ class NonFiniteError(StoreError):
             "kept. Try --dtype float32 (bfloat16 and float16 can overflow)"
         )
         self.row, self.layer = row, layer
+
+
+def _unpickled(kind: type[StoreError], args: tuple[Any, ...], kept: dict[str, Any]) -> StoreError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(kept)
+    return error

@@ -91,6 +91,10 @@ class StoreSpec:
         """Rows of one chunk."""
         return slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.rows))
 
+    def chunk_tokens(self, chunk: int) -> int:
+        """Tokens in the rows of one chunk, padding included."""
+        return len(range(self.rows)[self.chunk_range(chunk)]) * self.context
+
     def split_chunks(self, split: Split) -> range:
         """Chunks of a split; the eval split comes first and ends at a chunk border."""
         border = -(-self.eval_rows // self.chunk_rows)

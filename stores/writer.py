@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -39,31 +38,42 @@ from stores.layout import (
     set_spec,
     stored_arrays,
 )
+from stores.locks import FileLock, leave_store, take_chunk, take_store
 from stores.spec import StoreSpec
 
 
 class StoreWriter:
-    """The one process that may write to a store; a context manager that holds its lock.
+    """A process that may write to a store; a context manager that holds its lock.
 
-    Whatever instant it is killed at, the committed chunks stay good and the rest is written
-    again by the next writer. The lock is the operating system's and ends with the process.
+    Either it has the store alone, or it shares it with others to fill in chunks, one process to
+    a chunk. Whatever instant it is killed at, the committed chunks stay good and the rest is
+    written again by the next writer. The locks are the operating system's and end with the
+    process.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open an existing store for writing; StoreLockedError while another writer lives."""
-        self.path = path
-        self._lock = _lock(path)
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
+        """Open an existing store for writing, alone or `shared` with others that say so too.
+
+        StoreLockedError while another writer lives that this one cannot share with.
+        """
+        self.path, self._shared = path, shared
+        read_spec(path)  # before anything is made there
+        lock = take_store(path, shared=shared)
+        if lock is None:
+            raise StoreLockedError(path)
+        self._lock = lock
         try:
             self.spec = read_spec(path)
             group = open_group(path, "r+")
         except BaseException:
-            os.close(self._lock)
+            leave_store(path, lock)
             raise
         self._group = group
         self._stored = {stored.name: stored for stored in stored_arrays(self.spec)}
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        for leftover in path.rglob("*.partial"):
-            leftover.unlink()
+        self._claims: dict[int, FileLock] = {}
+        if not shared:
+            _remove(path.rglob("*.partial"))
 
     @classmethod
     def create(cls, path: Path, spec: StoreSpec) -> Self:
@@ -99,11 +109,14 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Release the lock."""
-        os.close(self._lock)
+        """Release the locks."""
+        for chunk in list(self._claims):
+            self._disclaim(chunk)
+        leave_store(self.path, self._lock)
 
     def write_rows(self, chunk: int, rows: TokenRows) -> None:
         """Write the token rows of one chunk; they count once `commit_rows` was called."""
+        assert not self._shared
         start = chunk * self.spec.chunk_rows
         part = slice(start, start + len(rows.lengths_R))
         for name, values in zip(ROW_ARRAYS, row_values(rows), strict=True):
@@ -114,6 +127,7 @@ class StoreWriter:
 
     def commit_rows(self, spec: StoreSpec) -> None:
         """Declare the token rows complete, in one atomic step; `spec` has the new counts."""
+        assert not self._shared
         assert not self.spec.differences(spec)
         self.spec = spec
         resize(self._group, self.spec)
@@ -125,14 +139,45 @@ class StoreWriter:
         done = set(committed_chunks(self.path, self.spec))
         return [chunk for chunk in range(self.spec.chunks) if chunk not in done]
 
+    def claim(self, chunk: int) -> bool:
+        """Whether the chunk is this writer's to write: not committed, and nobody else's.
+
+        It stays so until it is committed or the writer closed, whatever way the process ends.
+        """
+        if self._shared and chunk not in self._claims:
+            lock = take_chunk(self.path, chunk)
+            if lock is None:
+                return False
+            self._claims[chunk] = lock
+        # whoever had the lock before may have committed it; a listing is what network file
+        # systems keep up to date
+        if chunk in committed_chunks(self.path, self.spec):
+            if chunk in self._claims:
+                self._disclaim(chunk)
+            return False
+        if self._shared:
+            self._remove_leftovers(chunk)
+        return True
+
+    def _disclaim(self, chunk: int) -> None:
+        self._claims.pop(chunk).release(remove=True)
+
+    def _remove_leftovers(self, chunk: int) -> None:
+        """Of a process that died while it wrote this chunk."""
+        for stored in self._stored.values():
+            file = stored.chunk_file(self.path, chunk)
+            _remove(file.parent.glob(f"{file.name}.*.partial"))
+
     def write_chunk(
         self, chunk: int, rows: TokenRows, layers: Sequence[Codes], stats: ChunkStats
     ) -> int:
         """Write the residuals of one chunk, then commit it.
 
         `rows` are the chunk's token rows as they are in the store; `layers` holds for each layer
-        the codec's arrays with tokens flattened on the first axis. Returns the bytes written.
+        the codec's arrays with tokens flattened on the first axis. A writer that shares the
+        store has claimed the chunk. Returns the bytes written.
         """
+        assert not self._shared or chunk in self._claims
         spec = self.spec
         digests = [checksum(values) for values in row_values(rows)]
         by_layer = dict(zip(spec.layers, layers, strict=True))
@@ -155,6 +200,8 @@ class StoreWriter:
             for name in digested(spec)
         )
         self._array("committed")[chunk] = 1
+        if self._shared:
+            self._disclaim(chunk)
         return size
 
     def _write_residuals(self, name: str, chunk: int, flat: NDArray[Any]) -> int:
@@ -174,18 +221,9 @@ class StoreWriter:
         return self._arrays[name]
 
 
-def _lock(path: Path) -> int:
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
-        read_spec(path)  # says what is there instead
-        raise
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise StoreLockedError(path) from None
-    return handle
+def _remove(files: Iterable[Path]) -> None:
+    for file in list(files):
+        file.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -37,6 +37,12 @@ SENTENCES = (
 )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests that start a cluster run when they are named: `make test-cluster`."""
+    named = any("cluster" in argument for argument in config.args)
+    return True if collection_path.name == "cluster" and not named else None
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """Build a random model of an architecture, the same one each time, in float32."""

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,48 @@ def test_dry_run_makes_nothing(harvest_command: list[Any], tmp_path: Path) -> No
     result = routesae(*harvest_command, "--out", tmp_path / "s.zarr", "--dry-run")
     assert result.exit_code == 0
     assert "To do: 360 of 360 tokens" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_harvest_by_two_workers(harvest_command: list[Any], store: Path, tmp_path: Path) -> None:
+    command = [*harvest_command, "--out", tmp_path / "s.zarr"]
+    shown = routesae(*command, "--worker", "1/2", "--dry-run")
+    assert "Worker 1/2: about 3 of 6 chunks, 192 tokens" in shown.output
+    assert list(tmp_path.iterdir()) == []
+    first = routesae(*command, "--worker", "0/2")
+    assert "Worker 0/2 is done, 3 chunks are left to others" in first.output, first.output
+    assert "Worker 0/2: 0 of 3 chunks" in routesae(*command, "--worker", "0/2").output
+    assert "The store is complete" in routesae(*command, "--worker", "1/2").output
+    assert array_files(tmp_path / "s.zarr") == array_files(store)
+    refused(routesae(*command, "--worker", "2/2"), "i/n", "found 2/2")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ray", "local"], ["Ray, which is not installed", "pip install 'routesae-cache[ray]'"]),
+        (["--workers", "2"], ["--workers belongs to --ray"]),
+        (["--gpus-per-worker", "1"], ["--gpus-per-worker belongs to --ray"]),
+        (["--ray", "local", "--worker", "0/2"], ["either --worker or --ray"]),
+        (["--ray", "local", "--workers", "0"], ["workers: expected at least 1, found 0"]),
+        (["--ray", "local", "--gpus-per-worker", "-1"], ["expected 0 or more, found -1"]),
+        (["--ray", "ray://head:10001"], ["HOST:PORT", "ray://head:10001"]),
+        (["--ray", "head"], ["HOST:PORT", "'head'"]),
+    ],
+)
+def test_harvest_on_ray_refuses(
+    options: list[str],
+    words: list[str],
+    harvest_command: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = [part for part in harvest_command if part not in ("--device", "cpu")]
+    refused(routesae(*command, "--out", tmp_path / "s.zarr", *options), *words)
+    if "--worker" not in options:
+        again = routesae(*harvest_command, "--out", tmp_path / "s.zarr", "--ray", "local")
+        refused(again, "--device", "--gpus-per-worker")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HARVEST_SIDE = {
     *("text", "corpus_files", "tokens", "hub", "sources", "identity", "presets"),
-    *("lm", "gguf", "harvest", "harvest_plan"),
+    *("lm", "gguf", "harvest", "harvest_plan", "workers", "ray_harvest"),
 }
 TRAINING_SIDE = {
     "batches",
@@ -32,6 +32,7 @@ ALONE = {
     "wandb": {"routesae_cache.loggers"},
     "openai": {"routesae_cache.interpretation.chat"},
     "vl_convert": {"routesae_cache.report.assets", "routesae_cache.report.page"},
+    "ray": {"routesae_cache.ray_harvest"},
 }
 
 
