@@ -55,7 +55,7 @@ demo: $(READY) ## a whole experiment on a small real model and real news, to a r
 	$(BIN)/routesae pipeline $(EXPERIMENT)
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-cluster: $(READY) ## run the tests on a local Ray cluster (two minutes; pip install '.[ray]')
 	$(BIN)/python -m pytest tests/cluster
@@ -64,7 +64,7 @@ check: $(READY) ## formatting, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 format: $(READY) ## format the code
 	$(BIN)/ruff format .

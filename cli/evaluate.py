@@ -16,6 +16,8 @@ from cli.evaluation_tables import evaluation_tables
 from cli.options import Device, StoreArgument, pick_device
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from routesae_cache.evaluate import EvaluateConfig
     from routesae_cache.splicing.evaluate import SplicedConfig
 
@@ -95,7 +97,6 @@ def evaluate(
 ) -> None:
     """Measure reconstruction on held-out tokens from the store; with --spliced in the model."""
     with err.status("Opening the store and the runs"):
-        from routesae_cache.checkpoint import read_config
         from routesae_cache.evaluate import (
             EvaluateConfig,
             evaluate_saes,
@@ -103,7 +104,7 @@ def evaluate(
             load_saes,
         )
         from routesae_cache.json_files import write_json
-        from routesae_cache.splicing.evaluate import check_spliceable, evaluate_spliced, refusal
+        from routesae_cache.splicing.evaluate import check_spliceable, evaluate_spliced
         from routesae_cache.trained import ReadingRule
         from stores.reader import StoreReader
 
@@ -121,18 +122,9 @@ def evaluate(
         asked |= {"skip_refused": skip_refused or None}
         splicing = _splice_config(spliced, config, asked)
         reader = StoreReader(store)
-        refused: dict[str, str] = {}
-        passes = 0
-        if splicing:
-            configs = [read_config(run) for run in runs]
-            if skip_refused:
-                found_why = {each.name: refusal(each, splicing) for each in configs}
-                refused = {name: why for name, why in found_why.items() if why is not None}
-            passes = check_spliceable([c for c in configs if c.name not in refused], splicing)
+        chosen = _spliceable(runs, splicing, skip_refused) if splicing else []
         saes = load_saes(reader.spec, runs, config)
-    for why in refused.values():
-        err.print(f"[yellow]Not spliced:[/] {escape(why)}", soft_wrap=True)
-    if splicing and len(refused) < len(saes):
+    if chosen:
         with err.status("Loading the model"):
             from routesae_cache.kernels import keep_freed_memory
             from routesae_cache.origin import origin_lm
@@ -145,16 +137,18 @@ def evaluate(
         results = evaluate_saes(
             reader, saes, config, lambda done, total: update(completed=done, total=total)
         )
-    if splicing and (chosen := [sae for sae in saes if sae.config.name not in refused]):
+    if splicing and chosen:
+        picked = [sae for sae in saes if sae.run in chosen]
+        passes = check_spliceable([sae.config for sae in picked], splicing)
         with bar(f"Splicing, {passes} passes a row") as update:
             found = evaluate_spliced(
                 reader,
                 lm,
-                chosen,
+                picked,
                 splicing,
                 lambda done, total: update(completed=done, total=total),
             )
-        by_run = {sae.run: one for sae, one in zip(chosen, found, strict=True)}
+        by_run = {sae.run: one for sae, one in zip(picked, found, strict=True)}
         results = [
             dataclasses.replace(result, spliced=by_run.get(result.run)) for result in results
         ]
@@ -170,6 +164,23 @@ def evaluate(
         record = evaluation_record(store, config.split, results)
         write_json(json_path, json.loads(json.dumps(record)))
         out.print(f"Results as JSON: {json_path}")
+
+
+def _spliceable(runs: Sequence[Path], splicing: SplicedConfig, skip_refused: bool) -> list[Path]:
+    """The runs to splice; one that cannot be is refused, or named and left out."""
+    from routesae_cache.checkpoint import read_config
+    from routesae_cache.splicing.evaluate import check_spliceable, refusal
+
+    configs = {run: read_config(run) for run in runs}
+    why = {
+        run: refusal(config, splicing) if skip_refused else None for run, config in configs.items()
+    }
+    for reason in filter(None, why.values()):
+        err.print(f"[yellow]Not spliced:[/] {escape(reason)}", soft_wrap=True)
+    chosen = [run for run in runs if why[run] is None]
+    if chosen:
+        check_spliceable([configs[run] for run in chosen], splicing)
+    return chosen
 
 
 def _splice_config(

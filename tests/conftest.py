@@ -4,10 +4,11 @@
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """The tests that start a cluster run when they are named: `make test-cluster`."""
     named = any("cluster" in argument for argument in config.args)
     return True if collection_path.name == "cluster" and not named else None
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """Commands send the library's messages to the screen; other tests want them elsewhere."""
+    yield
+    for name in ("routesae_cache", "stores"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 @pytest.fixture(scope="session")

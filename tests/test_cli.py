@@ -5,49 +5,22 @@ from __future__ import annotations
 import errno
 import io
 import json
-import logging
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
-from cli.app import app
 from cli.layer_table import layer_table
 from stores.writer import StoreWriter
+from tests.command_helpers import refused, routesae
 from tests.pipeline_helpers import array_files
 from tests.store_helpers import chunk_file
 
 HARVEST = ["--tokens", "300", "--eval-tokens", "60", "--context", "16", "--chunk-rows", "4"]
 SMALL = ["--layers", "1-3", "--dtype", "float32", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _loggers_as_they_were() -> Iterator[None]:
-    """Commands send the library's messages to the screen; other tests want them elsewhere."""
-    yield
-    for name in ("routesae_cache", "stores"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.setLevel(logging.NOTSET)
-        logger.propagate = True
-
-
-def routesae(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(result: Result, *words: str) -> None:
-    """Exit code 2, one message with these words in it, no traceback."""
-    assert result.exit_code == 2, result.output
-    message = " ".join(result.stderr.split())
-    for word in words:
-        assert word in message
-    assert "Traceback" not in result.output
 
 
 @pytest.fixture(scope="module")

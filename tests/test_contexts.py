@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import load_file
-from typer.testing import CliRunner, Result
 
-from cli.app import app
 from routesae_cache.checkpoint import load_run
 from routesae_cache.contexts import activation_files
 from routesae_cache.contexts.contexts import ContextsConfig, Mined, auto_threshold, mine_contexts
@@ -25,6 +21,7 @@ from routesae_cache.contexts.text import CLOSE, OPEN, StoreText
 from routesae_cache.origin import origin_tokenizer
 from routesae_cache.train import TrainConfig, train
 from stores.reader import StoreReader
+from tests.command_helpers import routesae
 from tests.pipeline_helpers import all_tokens, config, fail_at, run, topk
 
 LAYERS = (1, 2, 3)
@@ -417,21 +414,6 @@ def test_auto_is_for_normalised_residuals(
     assert not (tmp_path / "o").exists()
 
 
-@pytest.fixture
-def _loggers_as_they_were() -> Iterator[None]:
-    yield
-    for name in ("routesae_cache", "stores"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.setLevel(logging.NOTSET)
-        logger.propagate = True
-
-
-def routesae(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.mark.usefixtures("_loggers_as_they_were")
 def test_command(
     reader: StoreReader, runs: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -457,7 +439,6 @@ def test_command(
     assert (record["total_latents"], record["latent_context_map"]) == (0, {})
 
 
-@pytest.mark.usefixtures("_loggers_as_they_were")
 def test_command_refuses(
     reader: StoreReader, runs: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:

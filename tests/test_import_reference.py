@@ -12,9 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from cli.app import app
 from routesae_cache.checkpoint import load_run
 from routesae_cache.interchange.export import ExportConfig, export_run
 from routesae_cache.interchange.reference import (
@@ -23,6 +21,7 @@ from routesae_cache.interchange.reference import (
     import_reference,
     read_state_dict,
 )
+from tests.command_helpers import routesae
 from tests.conftest import WIDTH
 from tests.pipeline_helpers import config as harvest_config
 from tests.pipeline_helpers import run as harvest
@@ -289,10 +288,6 @@ def test_damaged_files(zipped: bool, tmp_path: Path) -> None:
         path.write_bytes(part)
         with pytest.raises(ReferenceFileError, match="damaged"):
             read_state_dict(path)
-
-
-def routesae(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_the_command_makes_what_evaluate_accepts(store: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import _loggers_as_they_were, refused, routesae  # noqa: F401
+from tests.command_helpers import refused, routesae
 
 EXPERIMENT = """
 out = "{out}"

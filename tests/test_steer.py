@@ -17,9 +17,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from cli.app import app
 from routesae_cache.lm import LanguageModel, ModelError, ModelIdentity
 from routesae_cache.origin import origin_lm, origin_tokenizer
 from routesae_cache.saes.config import SaeConfig
@@ -37,6 +36,7 @@ from routesae_cache.steering.steer import (
 from routesae_cache.tokens import Tokenizer
 from routesae_cache.train import TrainConfig, train
 from routesae_cache.trained import Residuals, TrainedSae
+from tests.command_helpers import routesae
 from tests.conftest import ARCHITECTURES
 from tests.pipeline_helpers import config, run, topk
 
@@ -461,10 +461,6 @@ def test_a_model_that_keeps_no_keys_and_values() -> None:
     lm = LanguageModel(transformers.MambaForCausalLM(config), identity)
     with pytest.raises(ModelError, match="MambaForCausalLM keeps no cache of keys and values"):
         lm.extend(torch.zeros(1, 3))
-
-
-def routesae(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
