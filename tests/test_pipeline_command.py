@@ -93,6 +93,9 @@ def test_everything_once(
     assert said["train"].startswith("sae: ")
     assert said["evaluate"].startswith("changed: routesae_k")
 
+    planned = routesae("pipeline", experiment, "--from", "contexts", "--dry-run").output
+    assert planned.count("done") == 3
+    assert planned.count("asked for") == 2
     forced = routesae("pipeline", experiment, "--only", "contexts")
     assert states(forced.output) == {"contexts": "asked for"}
 

@@ -387,6 +387,8 @@ def test_runs_of_one_name_are_told_apart(stages: Stages, tmp_path: Path) -> None
     for place in "ab":
         shutil.copytree(run, tmp_path / place / run.name)
     assert [found.id for found in discover(tmp_path)] == [f"a/{run.name}", f"b/{run.name}"]
+    shutil.copytree(tmp_path / "a", tmp_path / ".replaced")
+    assert len(discover(tmp_path)) == 2
 
 
 def test_the_newest_evaluation_counts(stages: Stages, tmp_path: Path) -> None:

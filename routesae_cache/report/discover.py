@@ -122,7 +122,7 @@ def _folders(root: Path) -> Iterator[tuple[Path, set[str]]]:
     if not root.is_dir():
         raise ReportError(f"{root}: expected a folder with runs, found none")
     for name, folders, files in os.walk(root):
-        folders.sort()
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         if "zarr.json" in files:  # a store: thousands of files, none of them a result
             folders.clear()
             continue
