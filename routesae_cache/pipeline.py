@@ -58,6 +58,7 @@ class Records:
     def set(self, stage: Stage, record: StageRecord) -> None:
         """Record a stage and write the file."""
         self._records[stage] = record
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         stages = {name: asdict(each) for name, each in self._records.items()}
         write_json(self._path, {"kind": "pipeline", "stages": stages})
 

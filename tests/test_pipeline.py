@@ -36,7 +36,6 @@ def pipeline(folder: Path, store: Path, **changes: Any) -> Pipeline:
     options = {"tokens": 100, "rows": 3} | changes
     file = folder / "e.toml"
     file.write_text(TEXT.format(out=folder / "out", store=store, **options))
-    (folder / "out").mkdir(exist_ok=True)
     return Pipeline(read_experiment(file))
 
 
@@ -59,6 +58,12 @@ def test_a_finished_stage_stays_finished(tmp_path: Path, store: Path) -> None:
     finish_evaluation(first)
     assert pipeline(tmp_path, store).why("evaluate") is None
     assert pipeline(tmp_path, store, tokens=200).why("evaluate") is None
+
+
+def test_the_first_stage_with_a_store_elsewhere(tmp_path: Path, store: Path) -> None:
+    now = pipeline(tmp_path, store)
+    now.finish("harvest", [store], 1.0)
+    assert now.why("harvest") is None
 
 
 def test_other_options(tmp_path: Path, store: Path) -> None:
