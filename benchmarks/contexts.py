@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.common import FOLDER, interleaved, recoded, show, spread
-from routesae_cache.batches import BatchConfig, BatchSource
+from routesae_cache.batches import BatchSource
 from routesae_cache.contexts.contexts import ContextsConfig, auto_threshold, mine_contexts
 from routesae_cache.kernels import keep_freed_memory
 from routesae_cache.trained import Residuals, TrainedSae, layers_read
@@ -68,15 +68,7 @@ def _encode(reader: StoreReader, runs: list[Path], split: Split) -> float:
     start = time.perf_counter()
     saes = [TrainedSae(run, reader.spec) for run in runs]
     layers = layers_read(sae.config for sae in saes)
-    config = BatchConfig(
-        layers=layers,
-        batch_tokens=BATCH_TOKENS,
-        split=split,
-        norm="none",
-        shuffle=False,
-        drop_last=False,
-    )
-    source = BatchSource(reader, config)
+    source = BatchSource.in_order(reader, layers, split=split, batch_tokens=BATCH_TOKENS)
     with source.batches() as batches:
         for batch in batches:
             residuals = Residuals(batch.x_NLD, layers)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cli.console import bar, count, err, layer_name, out
+from cli.console import bar, count, err, out
 from cli.evaluate import SplitKind
+from cli.layer_table import layer_table
 from cli.options import Device, StoreArgument, pick_device
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def contexts(
     out.print(_counts_table(mined))
     out.print(_thresholds_table(mined))
     if several := [one for one in mined if _reads_several_layers(one)]:
-        out.print(_layer_table(several))
+        shares = [(one.name, one.summary.layer_share or {}) for one in several]
+        out.print(layer_table("Share of activations read from each layer", shares))
     for one in mined:
         if not one.summary.interpretable:
             err.print(
@@ -155,21 +157,3 @@ def _thresholds_table(mined: Sequence[Mined]) -> Table:
 
 def _reads_several_layers(one: Mined) -> bool:
     return len(one.summary.layer_share or {}) > 1 and one.summary.activations > 0
-
-
-def _layer_table(mined: Sequence[Mined]) -> Table:
-    table = Table(title="Share of activations read from each layer", title_justify="left")
-    table.add_column("layer")
-    for one in mined:
-        table.add_column(one.name, overflow="fold")
-    shares = [one.summary.layer_share or {} for one in mined]
-    widest = max(max(share.values()) for share in shares)
-    for layer in sorted({layer for share in shares for layer in share}):
-        cells = (
-            f"{share[layer]:6.1%} {'█' * round(20 * share[layer] / widest)}"
-            if layer in share
-            else ""
-            for share in shares
-        )
-        table.add_row(layer_name(layer), *cells)
-    return table

@@ -95,6 +95,28 @@ class BatchSource:
         if not self.tokens:
             raise ValueError(f"{reader.path}: the {config.split} split has no tokens")
 
+    @classmethod
+    def in_order(
+        cls,
+        reader: StoreReader,
+        layers: tuple[int, ...],
+        *,
+        split: Split,
+        batch_tokens: int,
+        device: str = "cpu",
+    ) -> BatchSource:
+        """Every token of a split once, as the store has them, not normalised."""
+        config = BatchConfig(
+            layers=layers,
+            batch_tokens=batch_tokens,
+            split=split,
+            norm="none",
+            shuffle=False,
+            drop_last=False,
+            device=device,
+        )
+        return cls(reader, config)
+
     def __len__(self) -> int:
         full, rest = divmod(self.tokens, self._config.batch_tokens)
         return full + (rest > 0 and not self._config.drop_last)

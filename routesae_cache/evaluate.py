@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routesae_cache.batches import BatchConfig, BatchSource
+from routesae_cache.batches import BatchSource
 from routesae_cache.checkpoint import RunConfig
 from routesae_cache.metrics import (
     Reconstruction,
@@ -113,16 +113,13 @@ def evaluate_saes(
     """As `evaluate`, of SAEs from `load_saes`."""
     evaluators = [_Evaluator(sae, config) for sae in saes]
     layers = layers_read(evaluator.sae.config for evaluator in evaluators)
-    batch_config = BatchConfig(
-        layers=layers,
-        batch_tokens=config.batch_tokens,
+    source = BatchSource.in_order(
+        reader,
+        layers,
         split=config.split,
-        norm="none",
-        shuffle=False,
-        drop_last=False,
+        batch_tokens=config.batch_tokens,
         device=config.device,
     )
-    source = BatchSource(reader, batch_config)
     done = 0
     with source.batches() as batches:
         for batch in batches:

@@ -18,7 +18,6 @@ from routesae_cache.experiment import STAGES, Experiment, Options, Stage
 from routesae_cache.json_files import write_json
 from routesae_cache.runs import run_names
 from routesae_cache.sweep import complete
-from stores.errors import NotAStoreError
 from stores.layout import read_spec
 
 STATE = "pipeline.json"
@@ -89,8 +88,7 @@ class Pipeline:
         record = self.records.get(stage)
         if record is None:
             return "no result yet"
-        options = json.loads(json.dumps(self.experiment.options[stage], default=str))
-        if changes := list(_changes(record.options, options)):
+        if changes := list(_changes(record.options, self._options(stage))):
             return "; ".join(changes)
         if changed := _changed(record.inputs, fingerprints(self.inputs(stage))):
             return "changed: " + ", ".join(changed)
@@ -114,6 +112,13 @@ class Pipeline:
                 before = [self.made_by(stage) for stage in STAGES[:-1]]
                 return [path for paths in before for path in paths]
 
+    def _options(self, stage: Stage) -> dict[str, Any]:
+        """A stage's options as JSON has them, which knows no dates and no tuples."""
+        options: dict[str, Any] = json.loads(
+            json.dumps(self.experiment.options[stage], default=str)
+        )
+        return options
+
     def made_by(self, stage: Stage) -> list[Path]:
         """What a stage made when it was last run."""
         record = self.records.get(stage)
@@ -122,7 +127,7 @@ class Pipeline:
     def finish(self, stage: Stage, outputs: Sequence[Path], seconds: float) -> None:
         """Record that a stage has just been run."""
         record = StageRecord(
-            options=json.loads(json.dumps(self.experiment.options[stage], default=str)),
+            options=self._options(stage),
             inputs=fingerprints(self.inputs(stage)),
             outputs=fingerprints(outputs),
             seconds=round(seconds, 1),
@@ -196,11 +201,3 @@ def _changes(recorded: Options, asked: Options, prefix: str = "") -> Iterator[st
 def _short(value: Any) -> str:
     text = "not given" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}…"
-
-
-def store_is_there(experiment: Experiment) -> bool:
-    """The store has been begun, so that its runs have names."""
-    try:
-        return read_spec(experiment.store).rows > 0
-    except (NotAStoreError, FileNotFoundError):
-        return False

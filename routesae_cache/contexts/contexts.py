@@ -13,7 +13,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 import torch
 
-from routesae_cache.batches import Batch, BatchConfig, BatchSource
+from routesae_cache.batches import Batch, BatchSource
 from routesae_cache.contexts.activation_files import activation_file
 from routesae_cache.contexts.delphi_cache import split_rows, write_delphi
 from routesae_cache.contexts.mining import (
@@ -124,10 +124,17 @@ def mine_contexts(
     """
     saes = [TrainedSae(run, reader.spec, device=config.device) for run in runs]
     _check(saes, config)
-    source = _source(reader, saes, config)
+    layers = layers_read(sae.config for sae in saes)
+    source = BatchSource.in_order(
+        reader,
+        layers,
+        split=config.split,
+        batch_tokens=config.batch_tokens,
+        device=config.device,
+    )
     text = StoreText(reader, origin_tokenizer(reader.spec, model=config.model))
     config.out.mkdir(parents=True, exist_ok=True)
-    layers, done = layers_read(sae.config for sae in saes), 0
+    done = 0
     with ExitStack() as files:
         miners = [_Miner(sae, reader, config, files) for sae in saes]
         with source.batches() as batches:
@@ -282,21 +289,6 @@ def _token_N(batch: Batch, context: int) -> Ints:
 def _reads_single_layers(sae: SaeConfig) -> bool:
     """Whether each of its latents' values comes from one layer."""
     return sae.selector != "all" and sae.hard
-
-
-def _source(reader: StoreReader, saes: Sequence[TrainedSae], config: ContextsConfig) -> BatchSource:
-    return BatchSource(
-        reader,
-        BatchConfig(
-            layers=layers_read(sae.config for sae in saes),
-            batch_tokens=config.batch_tokens,
-            split=config.split,
-            norm="none",
-            shuffle=False,
-            drop_last=False,
-            device=config.device,
-        ),
-    )
 
 
 def _check(saes: Sequence[TrainedSae], config: ContextsConfig) -> None:
