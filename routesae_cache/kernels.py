@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+import warnings
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,6 +28,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
 )
+_HAS_ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN = {torch.float32: _HAS_ONEDNN, torch.bfloat16: _HAS_ONEDNN_BFLOAT16}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -48,10 +51,10 @@ def keep_freed_memory() -> None:
 def product(left_MD: Tensor, right_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """left @ right.T (+ bias), without gradients; any strides.
 
-    In float32 on a CPU through oneDNN, which is about twice as fast as PyTorch's default (MKL) on
-    processors that are not Intel's, and as fast on those.
+    On a CPU through oneDNN: in float32 about twice as fast as PyTorch's default (MKL) on processors
+    that are not Intel's, and as fast on those; in bfloat16 a tenth faster.
     """
-    if _HAS_ONEDNN and left_MD.device.type == "cpu" and left_MD.dtype == torch.float32:
+    if left_MD.device.type == "cpu" and _ONEDNN.get(left_MD.dtype, False):
         if not (right_FD.is_contiguous() or right_FD.t().is_contiguous()):
             right_FD = right_FD.contiguous()  # with gaps it would be a thousand times slower
         out = torch.ops.mkldnn._linear_pointwise(left_MD, right_FD, bias_F, "none", [], "")
@@ -122,8 +125,6 @@ class ByLatent(NamedTuple):
     """Pair numbers, ascending by latent."""
     row_P: Tensor
     """The row of each pair, in that order."""
-    index_P: Tensor
-    """The latent of each pair, in that order."""
     offsets_F: Tensor
     """Where each latent's pairs begin in that order."""
 
@@ -149,7 +150,7 @@ class Support:
         if self._by_latent is None:
             sorted_index_P, order_P = torch.sort(self.index_P, stable=True)
             offsets_F = _starts(sorted_index_P, self.latents)
-            self._by_latent = ByLatent(order_P, self.row_P[order_P], sorted_index_P, offsets_F)
+            self._by_latent = ByLatent(order_P, self.row_P[order_P], offsets_F)
         return self._by_latent
 
     def regrouped(self, bag_P: Tensor, bags: int) -> Support:
@@ -187,16 +188,25 @@ def weighted_rows(table: Tensor, index_P: Tensor, weight_P: Tensor, offsets: Ten
 def pair_dots(left_MD: Tensor, table_FD: Tensor, support: Support) -> Tensor:
     """⟨left[row], table[latent]⟩ of each pair, (P,).
 
-    This is what `embedding_bag` calls the gradient of its per-sample weights, with latents as bags.
+    On a CPU as the product of the two, sampled at the pairs of a sparse (latents, rows) matrix.
     """
     if _HAS_TRITON and left_MD.is_cuda:
         from routesae_cache import triton_kernels
 
         return triton_kernels.pair_dots(left_MD, table_FD, support.row_P, support.index_P)
     by_latent = support.by_latent()
-    dots_P: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        table_FD, left_MD, by_latent.row_P, by_latent.offsets_F, by_latent.index_P, 0, -1
-    )
+    pairs = len(by_latent.order_P)
+    end = by_latent.offsets_F.new_tensor([pairs])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        pairs_FM = torch.sparse_csr_tensor(
+            torch.cat([by_latent.offsets_F, end]),
+            by_latent.row_P,
+            left_MD.new_zeros(pairs),
+            (support.latents, support.rows),
+            check_invariants=False,
+        )
+    dots_P = torch.sparse.sampled_addmm(pairs_FM, table_FD, left_MD.t(), beta=0.0).values()
     return torch.empty_like(dots_P).scatter_(0, by_latent.order_P, dots_P)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,21 +97,34 @@ class Top(NamedTuple):
 
 
 def top_k(value_MF: Tensor, k: int) -> Top:
-    """`torch.topk` without order, on CPUs about twice as fast.
+    """`torch.topk` without order, on CPUs two to three times as fast.
 
     The columns are folded into groups of 4, of which the k with the largest maxima hold k largest
     values; their groups are found in the same way. So little is left for the selection proper,
-    which costs ten times as much per element as a maximum.
+    which costs ten times as much per element as a maximum. That is left to NumPy, which has it in
+    vector instructions.
     """
-    rows, columns = value_MF.shape
-    groups = columns // FOLD
-    if value_MF.device.type != "cpu" or columns % FOLD or groups < 2 * k:
+    if value_MF.device.type != "cpu":
         return Top(*value_MF.topk(k, sorted=False))
-    group_MK = top_k(value_MF.view(rows, FOLD, groups).amax(1), k).indices
-    starts = torch.arange(0, columns, groups)[:, None]
-    column_MC = (group_MK[:, None] + starts).view(rows, FOLD * k)
-    best = value_MF.gather(1, column_MC).topk(k, sorted=False)
-    return Top(best.values, column_MC.gather(1, best.indices))
+    folded = [value_MF]
+    while (columns := folded[-1].shape[1]) % FOLD == 0 and columns // FOLD >= 2 * k:
+        halved_MC = torch.maximum(*folded[-1].tensor_split(2, dim=1))
+        folded.append(torch.maximum(*halved_MC.tensor_split(2, dim=1)))
+    column_MK = _largest(folded.pop(), k)
+    while folded:
+        finer_MC = folded.pop()
+        columns = finer_MC.shape[1]
+        starts = torch.arange(0, columns, columns // FOLD)[:, None]
+        column_MC = (column_MK[:, None] + starts).flatten(1)
+        column_MK = column_MC.gather(1, _largest(finer_MC.gather(1, column_MC), k))
+    return Top(value_MF.gather(1, column_MK), column_MK)
+
+
+def _largest(value_MC: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row; NaN counts as large."""
+    comparable_MC = value_MC.float() if value_MC.dtype == torch.bfloat16 else value_MC
+    first = value_MC.shape[1] - k
+    return torch.from_numpy(np.argpartition(comparable_MC.numpy(), first, axis=1)[:, first:])
 
 
 def batch_top(value_MF: Tensor, count: int) -> Tensor:
