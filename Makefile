@@ -23,7 +23,7 @@ RESULTS      ?= runs/eval.json
 EXPERIMENT   ?= experiments/demo.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install harvest train evaluate demo test test-cluster check format clean
+.PHONY: help install harvest train evaluate demo test test-cluster test-faults check format clean
 
 help: ## list the targets and variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ test: $(READY) ## run the tests
 
 test-cluster: $(READY) ## run the tests on a local Ray cluster (two minutes; pip install '.[ray]')
 	$(BIN)/python -m pytest tests/cluster
+
+test-faults: $(READY) ## kill, fill the disk, tear and attack it: docs/RELIABILITY.md (minutes)
+	$(BIN)/python -m pytest tests/faults -n auto --dist loadfile
 
 check: $(READY) ## formatting, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -38,10 +38,14 @@ SENTENCES = (
 )
 
 
+NAMED_ALONE = ("cluster", "faults")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The tests that start a cluster run when they are named: `make test-cluster`."""
-    named = any("cluster" in argument for argument in config.args)
-    return True if collection_path.name == "cluster" and not named else None
+    """Folders whose tests take long run when they are named: `make test-cluster`, `test-faults`."""
+    name = collection_path.name
+    named = any(name in Path(argument.split("::")[0]).parts for argument in config.args)
+    return True if name in NAMED_ALONE and not named else None
 
 
 @pytest.fixture(autouse=True)
