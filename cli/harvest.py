@@ -10,11 +10,22 @@ import typer
 
 from cli.console import bar, duration, err, layer_list, out, size
 from cli.harvesting import HarvestBar, harvest_by_share, harvest_on_cluster, show_rate, show_share
-from cli.options import Codec, CodecKind, Device, KeyframeEvery, Seed, Step, build_codec
+from cli.options import (
+    Codec,
+    CodecKind,
+    Device,
+    GpusPerWorker,
+    KeyframeEvery,
+    Ray,
+    Seed,
+    Step,
+    Workers,
+    build_codec,
+    ray_config,
+)
 
 if TYPE_CHECKING:
     from routesae_cache.harvest_plan import HarvestPlan
-    from routesae_cache.ray_harvest import RayConfig
 
 
 class PackingKind(StrEnum):
@@ -73,16 +84,9 @@ def harvest(
         str | None,
         typer.Option(metavar="I/N", help="Fill in every N-th chunk, from the I-th (from 0) on."),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="local|ADDRESS", help="Fill in chunks on a Ray cluster: local, auto."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="--ray: processes with the model  \\[default: 1]")
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(help="--ray: GPUs of each worker  \\[default: 0]")
-    ] = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the estimate, stop.")] = False,
 ) -> None:
     """Run the model once and write its residuals, compressed, into a store.
@@ -91,7 +95,9 @@ def harvest(
     Several machines that see one file system share the work: docs/SCALING.md.
     """
     resolved_codec = build_codec(codec, step, keyframe_every)
-    cluster = _ray_config(ray, workers, gpus_per_worker, worker, device)
+    if ray is not None and worker is not None:
+        raise ValueError("--worker does without Ray; give either --worker or --ray")
+    cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Looking at the model, the text and the store"):
         from routesae_cache.harvest import harvest as run_harvest
         from routesae_cache.harvest_plan import HarvestConfig, plan_harvest
@@ -140,32 +146,6 @@ def harvest(
         result = run_harvest(plan, HarvestBar(update))
     show_rate(result.tokens, result.seconds, target)
     out.print(f"See what is in it: routesae store info {target}")
-
-
-def _ray_config(
-    ray: str | None,
-    workers: int | None,
-    gpus_per_worker: float | None,
-    worker: str | None,
-    device: str,
-) -> RayConfig | None:
-    """What the options about Ray mean together; ValueError where they mean nothing."""
-    if ray is None:
-        for name, value in (("--workers", workers), ("--gpus-per-worker", gpus_per_worker)):
-            if value is not None:
-                raise ValueError(f"{name} belongs to --ray; add --ray local or an address")
-        return None
-    if worker is not None:
-        raise ValueError("--worker does without Ray; give either --worker or --ray")
-    if device != "auto":
-        raise ValueError("--device: with --ray leave it out, --gpus-per-worker says it")
-    from routesae_cache.ray_harvest import RayConfig
-
-    return RayConfig(
-        address=ray,
-        workers=1 if workers is None else workers,
-        gpus_per_worker=gpus_per_worker or 0.0,
-    )
 
 
 def _show(plan: HarvestPlan) -> None:

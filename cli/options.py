@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from routesae_cache.ray_pool import RayConfig
     from stores.codecs import ResidualCodec
 
 
@@ -32,6 +33,14 @@ KeyframeEvery = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="local|ADDRESS", help="Share the work on a Ray cluster: local, auto."),
+]
+Workers = Annotated[int | None, typer.Option(help="--ray: processes that work  \\[default: 1]")]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(help="--ray: GPUs of each worker  \\[default: 0]")
+]
 
 
 def build_codec(kind: CodecKind, step: float | None, keyframe_every: int | None) -> ResidualCodec:
@@ -51,3 +60,23 @@ def pick_device(name: str) -> str:
     from routesae_cache.devices import resolve_device
 
     return resolve_device(name)
+
+
+def ray_config(
+    ray: str | None, workers: int | None, gpus_per_worker: float | None, device: str
+) -> RayConfig | None:
+    """What the options about Ray mean together; ValueError where they mean nothing."""
+    if ray is None:
+        for name, value in (("--workers", workers), ("--gpus-per-worker", gpus_per_worker)):
+            if value is not None:
+                raise ValueError(f"{name} belongs to --ray; add --ray local or an address")
+        return None
+    if device != "auto":
+        raise ValueError("--device: with --ray leave it out, --gpus-per-worker says it")
+    from routesae_cache.ray_pool import RayConfig
+
+    return RayConfig(
+        address=ray,
+        workers=1 if workers is None else workers,
+        gpus_per_worker=gpus_per_worker or 0.0,
+    )

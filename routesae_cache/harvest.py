@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -44,7 +44,8 @@ class WorkerProgress:
     """None until it has loaded the model."""
     pid: int | None
     tokens_per_second: float
-    chunk: int | None
+    chunks: tuple[int, ...]
+    """In hand; the first is what it is at."""
     seconds: float
     """At this chunk so far."""
     straggles: bool
@@ -192,9 +193,17 @@ def _count(spec: StoreSpec, block: TokenRows) -> StoreSpec:
 
 
 def fill_residuals(
-    writer: StoreWriter, lm: LanguageModel, chunks: Sequence[int], progress: Progress
+    writer: StoreWriter,
+    lm: LanguageModel,
+    chunks: Sequence[int],
+    progress: Progress,
+    *,
+    turn: AbstractContextManager[object] | None = None,
 ) -> int:
     """Compute, encode and commit those of the chunks that this writer can claim.
+
+    Args:
+        turn: held while the model is in use, and not while the last of it is encoded and written.
 
     Returns the number of tokens; the others are committed or being written by another process.
     """
@@ -220,19 +229,20 @@ def fill_residuals(
         ThreadPoolExecutor(1, thread_name_prefix="chunk") as background,
         ThreadPoolExecutor(thread_name_prefix="encode") as encoder,
     ):
-        for chunk in chunks:
-            if not writer.claim(chunk):
-                state = dataclasses.replace(state, total=state.total - spec.chunk_tokens(chunk))
-                continue
-            token_rows = reader.rows(chunk, check=False)
-            encoding = _ChunkEncoding(writer, chunk, token_rows, encoder)
-            for batch in _batches(len(token_rows.lengths_R), spec.batch_rows):
-                ids_RT = torch.from_numpy(token_rows.tokens_RT[batch])
-                residuals = lm.residuals(ids_RT, spec.layers)
-                in_flight.append(background.submit(encoding.add, residuals, batch))
+        with turn or nullcontext():
+            for chunk in chunks:
+                if not writer.claim(chunk):
+                    state = dataclasses.replace(state, total=state.total - spec.chunk_tokens(chunk))
+                    continue
+                token_rows = reader.rows(chunk, check=False)
+                encoding = _ChunkEncoding(writer, chunk, token_rows, encoder)
+                for batch in _batches(len(token_rows.lengths_R), spec.batch_rows):
+                    ids_RT = torch.from_numpy(token_rows.tokens_RT[batch])
+                    residuals = lm.residuals(ids_RT, spec.layers)
+                    in_flight.append(background.submit(encoding.add, residuals, batch))
+                    settle(ahead)
+                in_flight.append(background.submit(encoding.commit))
                 settle(ahead)
-            in_flight.append(background.submit(encoding.commit))
-            settle(ahead)
         settle(0)
     return state.done
 

@@ -32,7 +32,7 @@ ALONE = {
     "wandb": {"routesae_cache.loggers"},
     "openai": {"routesae_cache.interpretation.chat"},
     "vl_convert": {"routesae_cache.report.assets", "routesae_cache.report.page"},
-    "ray": {"routesae_cache.ray_harvest"},
+    "ray": {"routesae_cache.ray_pool"},
 }
 
 

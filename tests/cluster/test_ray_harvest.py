@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,33 +12,18 @@ import torch
 
 from routesae_cache.harvest import HarvestProgress, harvest
 from routesae_cache.harvest_plan import HarvestConfig, HarvestPlan, plan_harvest
-from routesae_cache.ray_harvest import RayConfig, _ray, harvest_on_ray
+from routesae_cache.ray_harvest import harvest_on_ray
+from routesae_cache.ray_pool import RayConfig, import_ray
 from stores.errors import NonFiniteError, SpecMismatchError
 from stores.locks import FOLDER
 from stores.reader import StoreReader
+from tests.cluster.conftest import begun, node_of, wait_until
 from tests.pipeline_helpers import TINY, array_files, config, run
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
-ray = _ray()  # quietly
-ROOT = Path(__file__).parents[2]
 TOKENS = 3000  # in 48 chunks
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A node without work for the driver, and three that take a worker each."""
-    from ray.cluster_utils import Cluster
-
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        for _ in range(3):
-            found.add_node(num_cpus=1)
-        yield found
-        found.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +47,6 @@ def committed(store: Path) -> int:
     return len(list(folder.iterdir())) if folder.exists() else 0
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-
-
-def node_of(cluster: Cluster, pid: int) -> Any:
-    """The node that a worker's process is on."""
-    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return next(
-        node
-        for node in cluster.worker_nodes
-        if node.all_processes["raylet"][0].process.pid == parent
-    )
-
-
 def test_a_worker_and_a_node_are_killed(
     cluster: Cluster,
     reference: StoreReader,
@@ -96,10 +60,11 @@ def test_a_worker_and_a_node_are_killed(
 
     def progress(state: HarvestProgress) -> None:
         states.append(state)
-        busy = [worker for worker in state.workers if worker.chunk is not None]
+        busy = [worker for worker in state.workers if worker.chunks]
         if not busy:
             return
         assert busy[-1].pid is not None
+        assert all(len(worker.chunks) <= 2 for worker in busy)
         if state.done > 5 * 64 and not killed:
             os.kill(busy[-1].pid, signal.SIGKILL)
             killed.append("worker")
@@ -134,7 +99,7 @@ def test_what_a_worker_finds_wrong_ends_the_harvest(
         harvest_on_ray(plan(broken), RayConfig(address=cluster.address, workers=2))
     assert caught.value.layer == 2
     assert StoreReader(wanted.out).committed == []
-    assert not ray.is_initialized()
+    assert not import_ray().is_initialized()
 
 
 def test_another_model_than_the_stores_is_refused(
@@ -178,17 +143,7 @@ def test_a_driver_is_killed(
     options |= {"tokens": TOKENS, "eval-tokens": TINY["eval_tokens"], "codec": "int8"}
     options |= {name.replace("_", "-"): TINY[name] for name in ("context", "layers", "dtype")}
     options |= {"chunk-rows": 4, "batch-rows": 2, "ray": "local", "workers": 2}
-    command = [sys.executable, "-m", "cli.app", "harvest"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    driver = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # ignored, and inherited so, where the tests run in a shell's background
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    driver = begun("harvest", *(f"--{name}={value}" for name, value in options.items()))
     wait_until(lambda: committed(wanted.out) >= 5)
     driver.send_signal(how)
     shown, _ = driver.communicate(timeout=60)
