@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -57,6 +57,10 @@ class BatchConfig:
     drop_last: bool = True
     """Leave out a last batch that is not full."""
     device: str = "cpu"
+    streams: int = 1
+    """The chunks are dealt out to so many, in turn; each is shuffled by itself."""
+    own: tuple[int, ...] = (0,)
+    """The streams to read; a batch has equally many tokens of each, one after the other."""
 
     def __post_init__(self) -> None:
         if self.batch_tokens < 1 or self.epochs < 1:
@@ -90,9 +94,9 @@ class BatchSource:
         self._positions = reader.spec.codec.required(self._wanted)
         self._chunks = reader.chunks(config.split)
         self._counts = {chunk: self._count(chunk) for chunk in self._chunks}
-        self.tokens = sum(self._counts.values()) * config.epochs
-        """Tokens over all epochs."""
-        if not self.tokens:
+        self.tokens = config.streams * self._shortest()
+        """Tokens over all epochs and streams, each stream cut to the length of the shortest."""
+        if not any(self._counts.values()):
             raise ValueError(f"{reader.path}: the {config.split} split has no tokens")
 
     @classmethod
@@ -118,16 +122,27 @@ class BatchSource:
         return cls(reader, config)
 
     def __len__(self) -> int:
-        full, rest = divmod(self.tokens, self._config.batch_tokens)
+        own_tokens = self.tokens // self._config.streams * len(self._config.own)
+        full, rest = divmod(own_tokens, self._config.batch_tokens)
         return full + (rest > 0 and not self._config.drop_last)
 
     @contextmanager
     def batches(self, start: int = 0) -> Generator[Iterator[Batch]]:
         """Batches from number `start` on, made in the background while the block is open."""
-        shape = (self._config.batch_tokens, len(self._wanted), self._reader.spec.width)
+        with ExitStack() as reading:
+            parts = [reading.enter_context(self._read(each, start)) for each in self._config.own]
+            produced = parts[0] if len(parts) == 1 else map(_joined, zip(*parts, strict=False))
+            yield map(self._to_device, produced)
+
+    @contextmanager
+    def _read(self, stream: int, start: int) -> Generator[Iterator[Batch]]:
+        """Each batch's part from one stream."""
+        size, rest = divmod(self._config.batch_tokens, len(self._config.own))
+        assert not rest
+        shape = (size, len(self._wanted), self._reader.spec.width)
         ring = [np.empty(shape, np.float32) for _ in range(_DEPTH + 2)]
-        with _in_background(self._produce(start, ring), _DEPTH) as produced:
-            yield (self._to_device(batch) for batch in produced)
+        with _in_background(self._produce(stream, start, ring), _DEPTH) as produced:
+            yield produced
 
     def _count(self, chunk: int) -> int:
         spec = self._reader.spec
@@ -142,17 +157,36 @@ class BatchSource:
             return batch
         return Batch(*(part.to(self._config.device) for part in batch))
 
-    def _plan(self) -> Iterator[tuple[NDArray[np.int64], np.random.Generator]]:
-        """Chunks of each group, and what permutes its tokens."""
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """All chunks, as an epoch has them."""
+        order = np.array(self._chunks, np.int64)
+        if self._config.shuffle:
+            np.random.default_rng([self._config.seed, epoch]).shuffle(order)
+        return order
+
+    def _first(self, stream: int, epoch: int) -> int:
+        """Which chunk of an epoch's order is a stream's first: dealing goes on across epochs."""
+        return (stream - epoch * len(self._chunks)) % self._config.streams
+
+    def _shortest(self) -> int:
+        """Tokens of the stream that has the fewest."""
+        streams = range(self._config.streams)
+        tokens = dict.fromkeys(streams, 0)
+        for epoch in range(self._config.epochs):
+            counts = [self._counts[chunk] for chunk in self._order(epoch).tolist()]
+            for stream in streams:
+                tokens[stream] += sum(counts[self._first(stream, epoch) :: len(streams)])
+        return min(tokens.values())
+
+    def _plan(self, stream: int) -> Iterator[tuple[NDArray[np.int64], np.random.Generator]]:
+        """Chunks of each of a stream's groups, and what permutes its tokens."""
         config, size = self._config, self._group_chunks()
         for epoch in range(config.epochs):
-            rng = np.random.default_rng([config.seed, epoch])
-            order = np.array(self._chunks, np.int64)
-            if config.shuffle:
-                rng.shuffle(order)
-            for first in range(0, len(order), size):
-                group_rng = np.random.default_rng([config.seed, epoch, first])
-                yield order[first : first + size], group_rng
+            order = self._order(epoch)
+            dealt = range(self._first(stream, epoch), len(order), config.streams)
+            for group in (dealt[first : first + size] for first in range(0, len(dealt), size)):
+                group_rng = np.random.default_rng([config.seed, epoch, group.start])
+                yield order[group], group_rng
 
     def _group_chunks(self) -> int:
         """Chunks whose codes are in memory together."""
@@ -161,7 +195,7 @@ class BatchSource:
     def _chunk_tokens(self) -> int:
         return self._reader.spec.chunk_rows * self._reader.spec.context
 
-    def _groups(self, skip_tokens: int) -> Iterator[tuple[_Group, int]]:
+    def _groups(self, stream: int, skip_tokens: int) -> Iterator[tuple[_Group, int]]:
         """Groups and the index of the first token to use; one is read ahead of the one in use."""
         spec = self._reader.spec
         room = self._group_chunks() * self._chunk_tokens()
@@ -169,7 +203,7 @@ class BatchSource:
         with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
             ahead: Future[_Group] | None = None
             ahead_start = 0
-            for chunks, rng in self._plan():
+            for chunks, rng in self._plan(stream):
                 size = sum(self._counts[int(chunk)] for chunk in chunks)
                 if skip_tokens >= size:
                     skip_tokens -= size
@@ -205,17 +239,17 @@ class BatchSource:
         row_N, position_N = np.nonzero(counted_RT)
         return np.flatnonzero(counted_RT) + begin, row_N + first_row, position_N
 
-    def _produce(self, start: int, ring: list[Float32]) -> Iterator[Batch]:
+    def _produce(self, stream: int, start: int, ring: list[Float32]) -> Iterator[Batch]:
         with ThreadPoolExecutor(1, thread_name_prefix="decode") as helper:
-            yield from self._assemble(start, ring, helper)
+            yield from self._assemble(stream, start, ring, helper)
 
     def _assemble(
-        self, start: int, ring: list[Float32], helper: ThreadPoolExecutor
+        self, stream: int, start: int, ring: list[Float32], helper: ThreadPoolExecutor
     ) -> Iterator[Batch]:
-        size, number = self._config.batch_tokens, start
+        size, number = len(ring[0]), start
         filled = 0
         row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
-        for group, first in self._groups(start * size):
+        for group, first in self._groups(stream, start * size):
             while first < len(group.row_N):
                 taken = slice(first, min(first + size - filled, len(group.row_N)))
                 n_taken = taken.stop - taken.start
@@ -244,6 +278,10 @@ class BatchSource:
             codec.decode(gathered, self._positions, self._wanted, out_NLD[part])
             if self._config.norm == "token":
                 _normalise_in_place(out_NLD[part])
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    return Batch(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _normalise_in_place(x_NLD: Float32) -> None:

@@ -76,13 +76,41 @@ def test_start_in_the_middle(reader: StoreReader, start: int) -> None:
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def keys(batches: list[Any]) -> list[tuple[int, int]]:
+    """Row and position of every token."""
+    pairs = (zip(row_N.tolist(), pos_N.tolist(), strict=True) for _, row_N, pos_N in batches)
+    return [pair for batch in pairs for pair in batch]
+
+
+@pytest.mark.parametrize(("streams", "epochs"), [(2, 1), (3, 1), (3, 3), (5, 2)])
+def test_streams_share_out_the_chunks(reader: StoreReader, streams: int, epochs: int) -> None:
+    """Five chunks of 60 tokens: streams differ by one chunk at most, over all epochs."""
+    options = {"epochs": epochs, "streams": streams, "batch_tokens": 20}
+    dealt = [collect(reader, own=(stream,), **options) for stream in range(streams)]
+    tokens = [len(batches) * 20 for batches in dealt]
+    assert sum(tokens) == 300 * epochs
+    assert max(tokens) - min(tokens) <= 60
+    seen = [key for batches in dealt for key in keys(batches)]
+    assert sorted(seen) == sorted(keys(collect(reader, batch_tokens=20)) * epochs)
+    source = BatchSource(reader, BatchConfig(layers=(1,), own=(0,), **options))
+    assert source.tokens == min(tokens) * streams
+    assert len(source) == min(tokens) // 20
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_several_streams_in_one_batch(reader: StoreReader, start: int) -> None:
+    options = {"epochs": 2, "streams": 3}
+    both = collect(reader, start, own=(0, 2), batch_tokens=32, **options)
+    first, third = (collect(reader, start, own=(n,), batch_tokens=16, **options) for n in (0, 2))
+    assert len(both) == min(len(first), len(third))
+    for batch, *parts in zip(both, first, third, strict=False):
+        for found, *expected in zip(batch, *parts, strict=True):
+            assert torch.equal(found, torch.cat(expected))
+
+
 def test_unshuffled_is_in_the_order_of_the_store(reader: StoreReader) -> None:
     got = collect(reader, shuffle=False, split="eval", drop_last=False)
-    keys = [
-        pair for _, row_N, pos_N in got for pair in zip(*map(list, (row_N, pos_N)), strict=True)
-    ]
-    keys = [(int(row), int(position)) for row, position in keys]
-    assert keys == sorted(all_tokens(reader, (1,), "eval"))
+    assert keys(got) == sorted(all_tokens(reader, (1,), "eval"))
 
 
 def test_stops_reading_when_left_early(reader: StoreReader) -> None:
