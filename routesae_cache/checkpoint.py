@@ -52,6 +52,8 @@ class RunConfig:
     """The store's description at the time."""
     mean_square: float
     """Of the residuals' elements, over the store's train split and the SAE's layers."""
+    streams: int = 1
+    """That the chunks were dealt out to, which the order of the tokens depends on."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
@@ -63,6 +65,7 @@ class RunConfig:
         """The configuration that `to_dict` wrote; RunError names odd keys."""
         if not isinstance(record, Mapping):
             raise RunError(f"expected a JSON object, found {type(record).__name__}")
+        record = {"streams": 1, **record}  # not in what was written when there was one alone
         if odd := sorted({f.name for f in dataclasses.fields(cls)} ^ set(record)):
             raise RunError(f"missing or unknown keys: {', '.join(odd)}")
         try:

@@ -83,7 +83,7 @@ class _Nmse(torch.autograd.Function):
         return grad_MD, -(grad_MD + target_MD * (scale_M * nmse_M)[:, None])
 
 
-def score_term(nmse_M: Tensor, log_probability_M: Tensor) -> Tensor:
+def score_term(nmse_M: Tensor, log_probability_M: Tensor, baseline: Tensor) -> Tensor:
     """A term of value 0 whose gradient is that of the expected NMSE in the sampling distribution.
 
     The score function with the batch's mean as baseline (Williams 1992, REINFORCE): choices that
@@ -91,8 +91,9 @@ def score_term(nmse_M: Tensor, log_probability_M: Tensor) -> Tensor:
 
     Args:
         log_probability_M: of the sampled choice that led to each NMSE, differentiable.
+        baseline: the batch's mean NMSE.
     """
-    advantage_M = (nmse_M - nmse_M.mean()).detach()
+    advantage_M = (nmse_M - baseline).detach()
     surrogate = (advantage_M * log_probability_M).mean()
     return surrogate - surrogate.detach()
 

@@ -33,6 +33,7 @@ from routesae_cache.json_files import write_json
 from routesae_cache.loggers import JsonLinesLogger, Logger, OpenLogger, RunStatus, read_metrics
 from routesae_cache.losses import normalise_scalar, normalise_token
 from routesae_cache.optim import build_optimizer, lr_factor, set_lr
+from routesae_cache.parallel import ALONE, World
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import SaeOutput
 from routesae_cache.saes.registry import build_sae, short_name
@@ -78,26 +79,44 @@ class Stream(NamedTuple):
 
 
 class Run:
-    """An SAE in training, with its optimiser, its place and its files."""
+    """An SAE in training, with its optimiser, its place and, where this process leads, its files.
+
+    All processes of `world` make the same calls of `update`, `log` and `save`.
+    """
 
     def __init__(
-        self, folder: Path, config: RunConfig, stream: Stream, open_loggers: Sequence[OpenLogger]
+        self,
+        folder: Path,
+        config: RunConfig,
+        stream: Stream,
+        open_loggers: Sequence[OpenLogger],
+        world: World = ALONE,
     ) -> None:
-        self.folder, self.config = folder, config
+        self.folder, self.config, self._world = folder, config, world
         self.state = RunState(config.name, "training")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, config.to_dict())
+        if world.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / CONFIG, config.to_dict())
         self.sae = build_sae(config.sae, config.width, config.seed).to(stream.device).train()
+        self.sae.join(world)
         self.optimizer = build_optimizer(self.sae.parameters(), config.lr)
         self.step = load_checkpoint(folder, self.sae, self.optimizer)
         self._loss = torch.zeros(())
         self._stream, self._index = stream, _index(config.sae.layers, stream.layers)
-        lines = JsonLinesLogger(folder, self.step)
+        self._seconds_before = 0.0
+        self._loggers: list[Logger] = []
+        if world.leads:
+            self._open(open_loggers)
+
+    def _open(self, open_loggers: Sequence[OpenLogger]) -> None:
+        lines = JsonLinesLogger(self.folder, self.step)
         self._seconds_before = lines.seconds
-        self._loggers: list[Logger] = [lines]
+        self._loggers.append(lines)
         with ExitStack() as opened:  # if one cannot be opened, those before it are closed
             opened.callback(self.close)
-            self._loggers.extend(opening(folder, config, self.step) for opening in open_loggers)
+            self._loggers.extend(
+                opening(self.folder, self.config, self.step) for opening in open_loggers
+            )
             opened.pop_all()
 
     @property
@@ -115,20 +134,19 @@ class Run:
         return normalise_scalar(x_NLD, self.config.mean_square)
 
     def update(self, x_NLD: Tensor) -> SaeOutput:
-        """One training step."""
+        """One training step, on this process's part of a batch."""
         set_lr(self.optimizer, self.config.lr * lr_factor(self.step, self.config.total_steps))
         output: SaeOutput = self.sae(self.view(x_NLD))
-        output.loss.backward()  # type: ignore[no-untyped-call]
+        self._loss = self._world.backward(output.loss, self.sae.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.sae.after_step(self.step)
-        self._loss = output.loss.detach()
         return output
 
     def log(self, output: SaeOutput, seconds: float) -> None:
         """Write a line of metrics; gives the run up where its loss is not finite."""
-        record = _metrics(self, output)
+        record = _metrics(self, output, self._world)
         record["seconds"] = round(self._seconds_before + seconds, 3)
         self.state = self.state.after(record)
         for each in self._loggers:
@@ -137,13 +155,14 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, unless the run turns out to have failed."""
-        if self._check_finite():
+        if self._check_finite() and self._world.leads:
             save_checkpoint(self.folder, self.sae, self.optimizer, self.step)
 
     def end(self) -> None:
         """Write the finished SAE."""
         self.sae.finish()
-        save_weights(self.folder, self.sae)
+        if self._world.leads:
+            save_weights(self.folder, self.sae)
         self.state = replace(self.state, status="done")
 
     def interrupt(self) -> None:
@@ -162,7 +181,8 @@ class Run:
         if math.isfinite(loss):
             return True
         reason = f"the loss was {loss} at step {self.step}"
-        write_json(self.folder / FAILED, {"step": self.step, "reason": reason})
+        if self._world.leads:
+            write_json(self.folder / FAILED, {"step": self.step, "reason": reason})
         self.state = replace(self.state, status="failed", step=self.step, loss=loss)
         logger.error("%s: %s; the run was stopped", self.config.name, reason)
         return False
@@ -276,24 +296,31 @@ def _index(layers: tuple[int, ...], among: tuple[int, ...]) -> slice | list[int]
     return slice(wanted[0], wanted[-1] + 1) if neighbours else wanted
 
 
-def _metrics(run: Run, output: SaeOutput) -> dict[str, Any]:
+def _metrics(run: Run, output: SaeOutput, world: World) -> dict[str, Any]:
     sae, config = run.sae, run.config
     dead_F = sae.tokens_since_fired_F >= sae.config.dead_window_tokens
-    record: dict[str, Any] = {
+    means = {
+        "loss": output.loss.detach(),
+        "nmse": output.nmse_M.mean(),
+        "l0": output.latents.l0_M().float().mean(),
+        "dead_share": dead_F.float().mean(),
+    }
+    shares: dict[str, Tensor] = {}
+    if output.router_NL is not None:
+        p_NL = output.router_NL
+        means["router_entropy"] = torch.special.entr(p_NL).sum(-1).mean()
+        shares["router_share"] = p_NL.mean(0)
+    if output.layer_M is not None and len(config.sae.layers) > 1:
+        use_L = torch.bincount(output.layer_M, minlength=len(config.sae.layers))
+        shares["layer_use"] = use_L / output.layer_M.numel()
+    parts = [*means.values(), *output.terms.values(), *shares.values()]
+    flat = world.mean(torch.cat([part.view(-1).double() for part in parts]))
+    values = iter(flat.tolist())
+    return {
         "step": run.step,
         "tokens": run.step * config.batch_tokens,
         "lr": run.optimizer.param_groups[0]["lr"],
-        "loss": float(output.loss.detach()),
-        "nmse": float(output.nmse_M.mean()),
-        "l0": float(output.latents.l0_M().float().mean()),
-        "dead_share": float(dead_F.float().mean()),
-        "terms": {name: float(value) for name, value in output.terms.items()},
+        **{name: next(values) for name in means},
+        "terms": {name: next(values) for name in output.terms},
+        **{name: [next(values) for _ in share] for name, share in shares.items()},
     }
-    if output.router_NL is not None:
-        p_NL = output.router_NL
-        record["router_entropy"] = float(torch.special.entr(p_NL).sum(-1).mean())
-        record["router_share"] = p_NL.mean(0).tolist()
-    if output.layer_M is not None and len(config.sae.layers) > 1:
-        use_L = torch.bincount(output.layer_M, minlength=len(config.sae.layers))
-        record["layer_use"] = (use_L / output.layer_M.numel()).tolist()
-    return record

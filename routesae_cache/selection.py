@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -72,17 +73,21 @@ def select_batchtopk(
     bias_F: Tensor,
     k: int,
     encode_dtype: EncodeDtype = "float32",
+    top: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Chosen:
     """The M·k largest of W_e (x − b_pre) + b_lat over a batch of M rows (Bussmann et al. 2024).
 
     Arguments as for `select_topk`. Pairs ascend by row, then by latent. Unlike `select_topk` this
     holds all M·F pre-activations at once.
+
+    Args:
+        top: in place of `batch_top`, where the batch is larger than what is here.
     """
     latents = encoder_FD.shape[0]
     rows = centred_MD.shape[0]
     low_MD, low_FD, low_F = _lowered(centred_MD, encoder_FD, bias_F, encode_dtype)
     pre_MF = product(low_MD, low_FD, low_F)
-    position_P = batch_top(pre_MF, rows * k)
+    position_P = (top or batch_top)(pre_MF, rows * k)
     support = Support(position_P // latents, position_P % latents, rows=rows, latents=latents)
     if low_MD is not centred_MD:
         return Chosen(support, _exact(centred_MD, encoder_FD, bias_F, support))

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from routesae_cache.batches import Batch, BatchConfig, BatchSource, Norm, first_tokens
-from routesae_cache.checkpoint import RunConfig
-from routesae_cache.loggers import LogConfig, LoggerError, prepare_loggers
+from routesae_cache.checkpoint import CONFIG, RunConfig, RunError, read_config
+from routesae_cache.loggers import LogConfig, LoggerError, OpenLogger, prepare_loggers
+from routesae_cache.parallel import ALONE, World
 from routesae_cache.runs import (
     Asked,
     Run,
@@ -40,10 +41,14 @@ class TrainConfig:
     tokens: int | None = None
     """Stop after so many tokens; None: after all of them, `epochs` times."""
     batch_tokens: int | None = None
-    """None: 64 rows of 512 as in the paper, or what leaves a small store about 1000 steps."""
+    """Of all processes together. None: 64 rows of 512 as in the paper, or what leaves a small
+    store about 1000 steps."""
     lr: float = 5e-4
     seed: int = 42
     """Of the order of the tokens."""
+    streams: int | None = None
+    """That the chunks are dealt out to; each process reads equally many of them. None: as many as
+    resumed runs have, otherwise one for each process."""
     device: str = "cpu"
     resume: bool = False
     """Go on with runs that were interrupted, and leave those that have ended or failed alone."""
@@ -56,7 +61,7 @@ class TrainConfig:
     """Loggers beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "tokens", "batch_tokens", "log_every"):
+        for name in ("epochs", "tokens", "batch_tokens", "streams", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
@@ -116,16 +121,20 @@ def train(
     *,
     on_start: Callable[[TrainStart], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> TrainResult:
     """Train each SAE on the store's train split, all of them from the same batches.
 
-    A run whose loss is not finite is stopped and marked, the others go on.
+    A run whose loss is not finite is stopped and marked, the others go on. Where there are several
+    processes each calls this with the same arguments, computes its part of every batch and ends
+    with the same weights; the leading one writes the files.
 
     Args:
         saes: each with its seed.
         progress: called after every step.
         on_start: called once, before the first batch is read, if there is anything to train.
         stopped: asked after every step; once it is true, checkpoints are written and the pass ends.
+            One process's word is enough.
 
     Raises:
         RunError: where a run's directory is there already with other settings, or unfinished
@@ -133,23 +142,18 @@ def train(
         ValueError: for layers that the store lacks, SAEs asked for twice, or loggers that cannot
             be had; all of it before any work.
         LoggerError: where a logger breaks down; checkpoints are written first.
+        PeerError: where another process ended or raised one of these.
     """
-    plan = _Plan(reader, [Asked(*each) for each in saes], config)
-    open_loggers = prepare_loggers(config.log, len(plan.runs))
-    for folder, run_config in zip(plan.folders, plan.runs, strict=True):
-        if config.replace_changed:
-            set_aside_changed(folder, run_config)
-        check_folder(folder, run_config, config.resume)
+    with world.together():
+        plan = _Plan(reader, [Asked(*each) for each in saes], config, world)
+        open_loggers = prepare_loggers(config.log, len(plan.runs)) if world.leads else []
+    states = world.first(plan.look)
     with ExitStack() as closing:
-        runs: list[Run | RunState] = []
-        for folder, run_config in zip(plan.folders, plan.runs, strict=True):
-            if state := settled(folder, run_config.name):
-                runs.append(state)
-                continue
-            run = Run(folder, run_config, plan.stream, open_loggers)
-            closing.callback(run.close)
-            runs.append(run)
-        return _train(plan, runs, progress, on_start, stopped)
+        with world.together():
+            runs = plan.open(states, open_loggers, closing)
+        result = _train(plan, runs, progress, on_start, stopped)
+    world.wait()
+    return result
 
 
 def _train(
@@ -169,7 +173,7 @@ def _train(
 
     if live:
         on_start(plan.start_of(live, start))
-        plan.initialise_biases([run for run in live if run.step == 0])
+        plan.start_alike(live)
         with plan.source.batches(start) as batches:
             try:
                 step = _lockstep(plan, live, batches, start, report, stopped)
@@ -205,11 +209,11 @@ def _lockstep(
             if logging_step:
                 run.log(output, time.perf_counter() - began)
         live = [run for run in live if run.state.status == "training"]
-        if time.perf_counter() - saved > plan.config.checkpoint_seconds:
+        if plan.world.any(time.perf_counter() - saved > plan.config.checkpoint_seconds):
             _save(live)
             saved = time.perf_counter()
         report(step)
-        if not live or stopped():
+        if not live or plan.world.any(stopped()):
             break
     for run in live:
         run.end() if step == last else run.interrupt()
@@ -217,10 +221,20 @@ def _lockstep(
 
 
 class _Plan:
-    """Settings that follow from the store and the SAEs together."""
+    """Settings that follow from the store, the SAEs and the processes together."""
 
-    def __init__(self, reader: StoreReader, asked: Sequence[Asked], config: TrainConfig) -> None:
-        self.reader, self.config = reader, config
+    def __init__(
+        self, reader: StoreReader, asked: Sequence[Asked], config: TrainConfig, world: World
+    ) -> None:
+        self.reader, self.config, self.world = reader, config, world
+        names = run_names(asked)
+        self.folders = [config.out / name for name in names]
+        self.streams = self._streams()
+        if self.streams % world.size:
+            raise RunError(
+                f"the runs in {config.out} were begun with {self.streams} processes; to go on "
+                f"with them expected as many, or a divisor of that number, found {world.size}"
+            )
         # those of ended runs, too: a resumed pass goes on with the very same batches
         layers = tuple(sorted({layer for each in asked for layer in each.sae.layers}))
         norm: Norm = "token" if all(each.sae.norm == "token" for each in asked) else "none"
@@ -232,21 +246,86 @@ class _Plan:
             seed=config.seed,
             epochs=config.epochs,
             device=config.device,
+            streams=self.streams,
+            own=tuple(range(self.streams))[world.rank :: world.size],
         )
         tokens = min(BatchSource(reader, everything).tokens, config.tokens or math.inf)
-        self.batch_tokens = config.batch_tokens or _batch_tokens(int(tokens))
+        self.batch_tokens = config.batch_tokens or _batch_tokens(int(tokens), self.streams)
+        self._check_batch(int(tokens))
         self.total_steps = int(tokens) // self.batch_tokens
-        if not self.total_steps:
+        own_tokens = self.batch_tokens // world.size
+        self.source = BatchSource(reader, replace(everything, batch_tokens=own_tokens))
+        self.log_every = config.log_every or max(1, self.total_steps // 200)
+        self.runs = self._run_configs(names, asked)
+
+    def look(self) -> list[RunState | None]:
+        """How the runs that need no further training came out, None for the others.
+
+        Raises:
+            RunError: where a run cannot be kept in its folder.
+        """
+        for folder, run_config in zip(self.folders, self.runs, strict=True):
+            if self.config.replace_changed:
+                set_aside_changed(folder, run_config)
+            check_folder(folder, run_config, self.config.resume)
+        return [settled(folder, folder.name) for folder in self.folders]
+
+    def open(
+        self,
+        states: Sequence[RunState | None],
+        open_loggers: Sequence[OpenLogger],
+        closing: ExitStack,
+    ) -> list[Run | RunState]:
+        """The runs to be trained, and how the others came out."""
+        runs: list[Run | RunState] = []
+        for folder, run_config, state in zip(self.folders, self.runs, states, strict=True):
+            if state is not None:
+                runs.append(state)
+                continue
+            run = Run(folder, run_config, self.stream, open_loggers, self.world)
+            closing.callback(run.close)
+            runs.append(run)
+        return runs
+
+    def start_alike(self, runs: Sequence[Run]) -> None:
+        """Give every process the leading one's weights; RunError where their steps differ."""
+        steps = self.world.first(lambda: [run.step for run in runs])
+        with self.world.together():
+            for run, step in zip(runs, steps, strict=True):
+                if run.step != step:
+                    raise RunError(
+                        f"{run.folder}: process {self.world.rank} found a checkpoint of step "
+                        f"{run.step}, process 0 of step {step}; all have to see the same folder"
+                    )
+        self.initialise_biases([run for run in runs if run.step == 0])
+        for run in runs:
+            self.world.match_(run.sae.state_dict().values())
+
+    def _streams(self) -> int:
+        """As many as the runs have that are to be gone on with, otherwise one a process."""
+        if self.config.streams:
+            return self.config.streams
+        there = [each for each in self.folders if self.config.resume and (each / CONFIG).exists()]
+        streams = read_config(there[0]).streams if there else self.world.size
+        unequal = streams % self.world.size > 0
+        return self.world.size if unequal and self.config.replace_changed else streams
+
+    def _check_batch(self, tokens: int) -> None:
+        if self.batch_tokens % self.streams:
+            over = self.batch_tokens % self.streams
             raise ValueError(
-                f"{int(tokens)} tokens do not fill one batch of {self.batch_tokens}; "
+                f"batches of {self.batch_tokens} tokens cannot be shared out equally to "
+                f"{self.streams} streams, one for each process; ask for --batch-tokens "
+                f"{self.batch_tokens - over or self.streams}"
+            )
+        if tokens < self.batch_tokens:
+            few = f" (chunks for {self.streams} streams)" if self.streams > 1 else ""
+            raise ValueError(
+                f"{tokens} tokens{few} do not fill one batch of {self.batch_tokens}; "
                 "ask for smaller --batch-tokens, more --epochs or more --tokens"
             )
-        self.source = BatchSource(reader, replace(everything, batch_tokens=self.batch_tokens))
-        self.log_every = config.log_every or max(1, self.total_steps // 200)
-        self.runs = self._run_configs(asked)
-        self.folders = [config.out / run.name for run in self.runs]
 
-    def _run_configs(self, asked: Sequence[Asked]) -> list[RunConfig]:
+    def _run_configs(self, names: Sequence[str], asked: Sequence[Asked]) -> list[RunConfig]:
         spec = self.reader.spec
         mean_square_L = split_stats(self.reader, "train").mean_square_L
         return [
@@ -263,8 +342,9 @@ class _Plan:
                 store=str(self.reader.path),
                 store_spec=spec.to_dict(),
                 mean_square=float(mean_square_L[list(spec.positions(each.sae.layers))].mean()),
+                streams=self.streams,
             )
-            for name, each in zip(run_names(asked), asked, strict=True)
+            for name, each in zip(names, asked, strict=True)
         ]
 
     def start_of(self, runs: Sequence[Run], step: int) -> TrainStart:
@@ -298,6 +378,7 @@ def _states(runs: Sequence[Run | RunState]) -> list[RunState]:
     return [run.state if isinstance(run, Run) else run for run in runs]
 
 
-def _batch_tokens(tokens: int) -> int:
+def _batch_tokens(tokens: int, streams: int = 1) -> int:
     wanted = 1 << int(math.log2(max(tokens / _FEWEST_STEPS, 1)))
-    return min(max(wanted, _SMALLEST_BATCH), _LARGEST_BATCH)
+    within = min(max(wanted, _SMALLEST_BATCH), _LARGEST_BATCH)
+    return max(within - within % streams, streams)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from routesae_cache.kernels import Support, dense_decode, linear, row_support, sparse_decode
 from routesae_cache.losses import geometric_median, jumprelu_and_l0, mean_l1, nmse
+from routesae_cache.parallel import ALONE, World
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import DenseLatents, FlatLatents, Latents, RowLatents
 
@@ -40,6 +41,8 @@ class Coder(nn.Module, ABC):
     encoder: nn.Parameter
     decoder: nn.Parameter
     pre_bias: nn.Parameter | None
+    world: World = ALONE
+    """Of whose batch `forward` is given a part."""
 
     def __init__(
         self, config: SaeConfig, width: int, *, stacked: int, generator: torch.Generator

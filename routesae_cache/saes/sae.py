@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from routesae_cache.losses import nmse, score_term
+from routesae_cache.parallel import ALONE, World
 from routesae_cache.saes.coders import Coded, Coder
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import SaeOutput
@@ -28,6 +29,7 @@ class Sae(nn.Module):
     def __init__(self, config: SaeConfig, width: int, selector: Selector, coder: Coder) -> None:
         super().__init__()
         self.config, self.width = config, width
+        self.world = ALONE
         self.selector, self.coder = selector, coder
         self.revives = config.resolved_auxk(coder.stacked * width) > 0
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -36,6 +38,10 @@ class Sae(nn.Module):
         self.register_buffer("dead_F", counts_F.bool())
         self._dead_index: Tensor | None = None
         self.register_load_state_dict_post_hook(_list_dead_again)  # type: ignore[no-untyped-call]
+
+    def join(self, world: World) -> None:
+        """Be trained by several processes: `forward` is given a part of each batch in each."""
+        self.world = self.coder.world = world
 
     def forward(self, x_NLD: Tensor) -> SaeOutput:
         """Loss and reconstruction of a batch; in training mode also counts which latents fired.
@@ -122,7 +128,8 @@ class Sae(nn.Module):
         for term in coded.terms.values():
             loss = loss + term
         if selection.log_probability_N is not None:
-            loss = loss + score_term(nmse_M, selection.log_probability_N)
+            baseline = self.world.mean(nmse_M.detach().mean())
+            loss = loss + score_term(nmse_M, selection.log_probability_N, baseline)
         return SaeOutput(
             loss=loss,
             nmse_M=nmse_M.detach(),
@@ -137,8 +144,8 @@ class Sae(nn.Module):
 
     @torch.no_grad()
     def _count_fired(self, coded: Coded, tokens: int) -> None:
-        fired_F = coded.latents.fired_F(self.config.latents)
-        self.tokens_since_fired_F.add_(tokens).masked_fill_(fired_F, 0)
+        fired_F = self.world.union(coded.latents.fired_F(self.config.latents))
+        self.tokens_since_fired_F.add_(tokens * self.world.size).masked_fill_(fired_F, 0)
 
     def _list_dead(self) -> None:
         dead_index = torch.nonzero(self.dead_F).flatten() if self.revives else None

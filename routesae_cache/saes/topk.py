@@ -128,7 +128,8 @@ class BatchTopKCoder(TopKCoder):
     def rule(self, centred_MD: Tensor, encoder_FD: Tensor, bias_F: Tensor) -> Chosen:
         """The batch's largest; in training mode also moves the running threshold."""
         dtype = self.config.encode_dtype
-        chosen = select_batchtopk(centred_MD, encoder_FD, bias_F, self.k, dtype)
+        top = self.world.batch_top
+        chosen = select_batchtopk(centred_MD, encoder_FD, bias_F, self.k, dtype, top)
         if self.training:
             self.move_threshold(chosen.value_P)
         return chosen
@@ -139,7 +140,8 @@ class BatchTopKCoder(TopKCoder):
     @torch.no_grad()
     def move_threshold(self, value_P: Tensor) -> None:
         """Take the batch's smallest positive value into the running threshold."""
-        smallest = torch.where(value_P > 0, value_P, float("inf")).min()
+        own_smallest = torch.where(value_P > 0, value_P, float("inf")).min()
+        smallest = self.world.least(own_smallest)
         rate = (1 / (self.threshold_updates + 1)).clamp_min(THRESHOLD_RATE)
         moved = torch.lerp(self.threshold, smallest, rate)
         self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
