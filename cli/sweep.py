@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.console import err
-from cli.options import Device, StoreArgument, pick_device
+from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
 from cli.training import (
     Log,
     Replace,
@@ -37,6 +37,9 @@ def sweep(
         typer.Option("--out", help="Folder for the runs  \\[default: runs/ and the file's name]"),
     ] = None,
     device: Device = "auto",
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
     resume: Resume = False,
     replace: Replace = False,
     log: Log = None,
@@ -46,6 +49,7 @@ def sweep(
     wandb_mode: WandbMode = None,
 ) -> None:
     """Train all SAEs that a file describes in one pass over a store."""
+    cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Reading the sweep"):
         from routesae_cache.sweep import read_sweep
         from routesae_cache.train import TrainConfig
@@ -53,7 +57,7 @@ def sweep(
         described = read_sweep(file)
         config = TrainConfig(
             out=target or Path("runs") / file.stem,
-            device=pick_device(device),
+            device=cluster.device if cluster else pick_device(device),
             resume=resume,
             replace_changed=replace,
             log=log_config(
@@ -65,4 +69,4 @@ def sweep(
             ),
             **described.train,
         )
-    run_pass(store, described.specs, config)
+    run_pass(store, described.specs, config, cluster)

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from cli.console import err
-from cli.options import Device, Seed, StoreArgument, pick_device
+from cli.options import (
+    Device,
+    GpusPerWorker,
+    Ray,
+    Seed,
+    StoreArgument,
+    Workers,
+    pick_device,
+    ray_config,
+)
 from cli.training import (
     Log,
     Out,
@@ -88,6 +97,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate at its height.")] = 5e-4,
     seed: Seed = 42,
     device: Device = "auto",
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
     resume: Resume = False,
     replace: Replace = False,
     log: Log = None,
@@ -110,6 +122,7 @@ def train(
         "init_bias": init_bias,
         "auxk": auxk,
     }
+    cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Reading the options"):
         from routesae_cache.saes.registry import parse_saes
         from routesae_cache.sweep import OWN_OPTIONS
@@ -124,7 +137,7 @@ def train(
             batch_tokens=batch_tokens,
             lr=lr,
             seed=seed,
-            device=pick_device(device),
+            device=cluster.device if cluster else pick_device(device),
             resume=resume,
             replace_changed=replace,
             log=log_config(
@@ -135,4 +148,4 @@ def train(
                 wandb_mode=wandb_mode,
             ),
         )
-    run_pass(store, specs, config)
+    run_pass(store, specs, config, cluster)

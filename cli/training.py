@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from routesae_cache.loggers import LogConfig
+    from routesae_cache.ray_pool import RayConfig
     from routesae_cache.runs import RunState
     from routesae_cache.saes.registry import SaeSpec
     from routesae_cache.train import TrainConfig, TrainProgress, TrainResult, TrainStart
@@ -89,8 +91,12 @@ def log_config(
     return config
 
 
-def run_pass(store: Path, specs: Sequence[SaeSpec], config: TrainConfig) -> None:
+def run_pass(
+    store: Path, specs: Sequence[SaeSpec], config: TrainConfig, cluster: RayConfig | None
+) -> None:
     """Train SAEs in one pass over a store, with a display of it; the end of `train` and `sweep`.
+
+    On a cluster the workers share the SAEs, and each passes over the store.
 
     Exits with 1 where a run failed; KeyboardInterrupt where the pass was asked to stop.
     """
@@ -104,6 +110,10 @@ def run_pass(store: Path, specs: Sequence[SaeSpec], config: TrainConfig) -> None
         reader = StoreReader(store)
         saes = complete(specs, reader.spec, seed=config.seed)
     with stop_signals() as stopped, _display(stopped) as display:
+        if cluster is not None:
+            from routesae_cache.ray_train import train_on_ray
+
+            train = partial(train_on_ray, cluster=cluster)
         result = train(reader, saes, config, display.update, on_start=_announce, stopped=stopped)
     _report(store, config.out, result)
     if result.interrupted:

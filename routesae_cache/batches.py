@@ -287,7 +287,9 @@ def _joined(parts: Sequence[Batch]) -> Batch:
 def _normalise_in_place(x_NLD: Float32) -> None:
     """`losses.normalise_token`, on a block that is still in the cache."""
     width = x_NLD.shape[-1]
-    x_NLD -= (x_NLD @ np.ones(width, np.float32) / np.float32(width))[..., None]
+    # vector by vector, so that a layer's last bits do not depend on the layers beside it
+    sum_NL = np.vecdot(x_NLD, np.ones(width, np.float32))
+    x_NLD -= (sum_NL / np.float32(width))[..., None]
     std_NL = np.sqrt(np.vecdot(x_NLD, x_NLD) / np.float32(width - 1))
     x_NLD *= np.reciprocal(std_NL + np.float32(STD_EPS))[..., None]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,15 @@ def load_checkpoint(run: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> in
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    with safe_open(path, framework="pt") as file:
+    return checkpoint_step(run)
+
+
+def checkpoint_step(run: Path) -> int:
+    """The steps that a run's checkpoint is after, 0 where there is none."""
+    path = run / CHECKPOINT
+    if not path.exists():
+        return 0
+    with _opened(path) as file:
         return int(file.metadata()["step"])
 
 
@@ -166,9 +175,15 @@ def _save(
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise RunError(f"{path} is damaged: {error}") from error
 

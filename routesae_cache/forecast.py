@@ -9,21 +9,12 @@ from routesae_cache.devices import resolve_device
 from routesae_cache.estimate import forward_seconds, multiply_adds_per_second
 from routesae_cache.layers import default_layer, parse_layers
 from routesae_cache.lm import block_parameters, model_shape
+from routesae_cache.packing import step_latents
 from routesae_cache.presets import MODELS
-from routesae_cache.saes.config import CoderKind, SaeConfig
+from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.registry import SaeSpec
 from routesae_cache.sources import resolve_model
 from stores.codecs import ResidualCodec
-
-_STEP_COST: dict[CoderKind, float] = {
-    "topk": 1.0,
-    "batchtopk": 1.5,
-    "matryoshka": 1.5,
-    "relu": 3.0,
-    "gated": 4.5,
-    "jumprelu": 3.5,
-}
-"""A training step in units of its encoder's product in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +75,8 @@ def forecast(
 
 def training_seconds(saes: Sequence[SaeConfig], *, width: int, device: str) -> float:
     """Seconds a token of one pass that trains all of these SAEs."""
-    products = sum(_STEP_COST[sae.coder] * sae.latents * width * _vectors(sae) for sae in saes)
+    products = sum(step_latents(sae) for sae in saes) * width
     return products / multiply_adds_per_second(device, "float32")
-
-
-def _vectors(sae: SaeConfig) -> int:
-    """Residuals that enter the coder for each token."""
-    return len(sae.layers) if sae.selector in ("every", "all") else 1
 
 
 def _sizes(model: str) -> tuple[int, int, int]:

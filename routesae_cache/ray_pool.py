@@ -202,7 +202,7 @@ class Pool(Generic[Task, Result]):
             max_concurrency=self._ahead + 2,  # beside its tasks it answers
         )
         place.actor, place.hired = actor.remote(self._make, self._threads), time.monotonic()
-        place.host, place.pid, place.in_hand = None, None, []
+        place.host, place.pid, place.in_hand, place.state = None, None, [], None
         self._running[place.actor.load.remote()] = place, None
 
     def _hand_out(self) -> None:
@@ -232,6 +232,8 @@ class Pool(Generic[Task, Result]):
             try:
                 answer = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
+                if task is not None:
+                    place.in_hand.remove(task)
                 raise error.cause from error  # what the worker found wrong
             except self._ray.exceptions.RayError as error:
                 self._replace(place, str(error))

@@ -119,6 +119,7 @@ def train(
     config: TrainConfig,
     progress: Callable[[TrainProgress], None] = lambda _: None,
     *,
+    only: Sequence[int] | None = None,
     on_start: Callable[[TrainStart], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
     world: World = ALONE,
@@ -132,6 +133,7 @@ def train(
     Args:
         saes: each with its seed.
         progress: called after every step.
+        only: train but these of the SAEs, each by the very numbers that it has among all.
         on_start: called once, before the first batch is read, if there is anything to train.
         stopped: asked after every step; once it is true, checkpoints are written and the pass ends.
             One process's word is enough.
@@ -144,16 +146,30 @@ def train(
         LoggerError: where a logger breaks down; checkpoints are written first.
         PeerError: where another process ended or raised one of these.
     """
-    with world.together():
-        plan = _Plan(reader, [Asked(*each) for each in saes], config, world)
-        open_loggers = prepare_loggers(config.log, len(plan.runs)) if world.leads else []
-    states = world.first(plan.look)
+    plan, open_loggers, states = prepare(reader, saes, config, only, world)
     with ExitStack() as closing:
         with world.together():
             runs = plan.open(states, open_loggers, closing)
         result = _train(plan, runs, progress, on_start, stopped)
     world.wait()
     return result
+
+
+def prepare(
+    reader: StoreReader,
+    saes: Sequence[Asked | tuple[SaeConfig, int]],
+    config: TrainConfig,
+    only: Sequence[int] | None = None,
+    world: World = ALONE,
+) -> tuple[_Plan, list[OpenLogger], list[RunState | None]]:
+    """What comes before any work of `train`: the plan, and every error that can be found now.
+
+    Returns also how the runs that need no further training came out, None for the others.
+    """
+    with world.together():
+        plan = _Plan(reader, [Asked(*each) for each in saes], config, only, world)
+        open_loggers = prepare_loggers(config.log, len(plan.runs)) if world.leads else []
+    return plan, open_loggers, world.first(plan.look)
 
 
 def _train(
@@ -224,19 +240,25 @@ class _Plan:
     """Settings that follow from the store, the SAEs and the processes together."""
 
     def __init__(
-        self, reader: StoreReader, asked: Sequence[Asked], config: TrainConfig, world: World
+        self,
+        reader: StoreReader,
+        asked: Sequence[Asked],
+        config: TrainConfig,
+        only: Sequence[int] | None,
+        world: World,
     ) -> None:
         self.reader, self.config, self.world = reader, config, world
         names = run_names(asked)
-        self.folders = [config.out / name for name in names]
-        self.streams = self._streams()
+        self.streams = self._streams([config.out / name for name in names])
         if self.streams % world.size:
             raise RunError(
                 f"the runs in {config.out} were begun with {self.streams} processes; to go on "
                 f"with them expected as many, or a divisor of that number, found {world.size}"
             )
+        chosen = range(len(asked)) if only is None else only
         # those of ended runs, too: a resumed pass goes on with the very same batches
-        layers = tuple(sorted({layer for each in asked for layer in each.sae.layers}))
+        layers = tuple(sorted({layer for index in chosen for layer in asked[index].sae.layers}))
+        # of all there are: where residuals are normalised shows in the last bits
         norm: Norm = "token" if all(each.sae.norm == "token" for each in asked) else "none"
         self.stream = Stream(layers, norm, config.device)
         everything = BatchConfig(
@@ -256,7 +278,9 @@ class _Plan:
         own_tokens = self.batch_tokens // world.size
         self.source = BatchSource(reader, replace(everything, batch_tokens=own_tokens))
         self.log_every = config.log_every or max(1, self.total_steps // 200)
-        self.runs = self._run_configs(names, asked)
+        runs = self._run_configs(names, asked)
+        self.runs = [runs[index] for index in chosen]
+        self.folders = [config.out / run.name for run in self.runs]
 
     def look(self) -> list[RunState | None]:
         """How the runs that need no further training came out, None for the others.
@@ -301,11 +325,11 @@ class _Plan:
         for run in runs:
             self.world.match_(run.sae.state_dict().values())
 
-    def _streams(self) -> int:
+    def _streams(self, folders: Sequence[Path]) -> int:
         """As many as the runs have that are to be gone on with, otherwise one a process."""
         if self.config.streams:
             return self.config.streams
-        there = [each for each in self.folders if self.config.resume and (each / CONFIG).exists()]
+        there = [each for each in folders if self.config.resume and (each / CONFIG).exists()]
         streams = read_config(there[0]).streams if there else self.world.size
         unequal = streams % self.world.size > 0
         return self.world.size if unequal and self.config.replace_changed else streams

@@ -17,6 +17,7 @@ HARVEST_SIDE = {
 TRAINING_SIDE = {
     "batches",
     "train",
+    "ray_train",
     "runs",
     "sweep",
     "loggers",

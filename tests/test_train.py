@@ -31,9 +31,12 @@ def reader(tiny_model_dir: Path, tiny_corpus: Path, tmp_path_factory: Any) -> St
     return run(config(tiny_model_dir, tiny_corpus, folder / "s.zarr", tokens=2000))
 
 
+HOOKS = {"progress", "on_start", "stopped", "only"}
+
+
 def go(reader: StoreReader, out: Path, *saes: SaeConfig, **options: Any) -> Any:
     given = {"epochs": 2, "batch_tokens": 128, "log_every": 5} | options
-    hooks = {name: given.pop(name) for name in {"progress", "on_start", "stopped"} & given.keys()}
+    hooks = {name: given.pop(name) for name in HOOKS & given.keys()}
     return train(reader, [(sae, 3) for sae in saes], TrainConfig(out=out, **given), **hooks)
 
 
@@ -81,6 +84,20 @@ def test_together_is_as_alone(norm: Any, reader: StoreReader, tmp_path: Path) ->
         a, b = weights(alone), weights(folder)
         for name in a:  # layers on disk are normalised elsewhere, so the last bit may differ
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["token", "scalar"])
+def test_some_of_a_pass_get_its_very_numbers(
+    norm: Any, reader: StoreReader, tmp_path: Path
+) -> None:
+    """Whatever layers are read beside theirs; `test_together_is_as_alone` is less strict."""
+    saes = [topk((3,), norm=norm), ROUTED, topk((1,)), topk((1,), k=5), topk((2, 3), k=4)]
+    together = go(reader, tmp_path / "together", *saes).folders
+    for only in ([2], [0, 4], [1, 3]):
+        found = go(reader, tmp_path / "parts", *saes, only=only)
+        assert [folder.name for folder in found.folders] == [together[i].name for i in only]
+        for index, folder in zip(only, found.folders, strict=True):
+            assert_same(together[index], folder)
 
 
 class Stop(BaseException):
