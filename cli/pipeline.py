@@ -5,7 +5,6 @@ A stage is a command of this program, with the options that the file has for it.
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -168,8 +167,10 @@ class _Stages:
     def calls(self, stage: Stage) -> Iterator[list[str]]:
         """The arguments of each call of a stage's command."""
         if stage == "interpret":
+            from routesae_cache.json_files import read_json
+
             for file in self.pipeline.made_by("contexts"):
-                if json.loads(file.read_text("utf-8"))["total_latents"]:
+                if read_json(file)["total_latents"]:
                     yield self.arguments(stage, [file])
                 else:
                     out.print(f"{file} has no interpretable latent: nothing to ask")

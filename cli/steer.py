@@ -112,7 +112,7 @@ def steer(
             **dataclasses.asdict(config),
             "results": [result.to_dict() for result in results],
         }
-        write_json(json_path, record)
+        write_json(json_path, record, checked=False)
         out.print(f"Results as JSON: {json_path}")
 
 

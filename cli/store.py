@@ -32,11 +32,11 @@ def info(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     model, text = spec["model"], spec["text"]
-    revision = f", revision {model['revision']}" if model["revision"] else ""
+    revision = f", revision {model['revision']}" if model.get("revision") else ""
     bits = facts["bits_per_value"]
     for name, value in (
         ("model", f"{model['name']} ({model['dtype']}{revision}), weights {model['weights'][:12]}"),
-        ("text", f"{text['dataset']}, {spec['packing']}, seed {text['seed']}"),
+        ("text", f"{text['dataset']}, {spec['packing']}, seed {text.get('seed')}"),
         ("layers", f"{layer_list(tuple(spec['layers']))} of 0-{spec['n_blocks']}"),
         ("width", f"{spec['width']}"),
         ("rows", f"{facts['rows']:,} of {spec['context']} tokens"),

@@ -7,24 +7,39 @@ and `failed.json` says why a run was given up. Files appear whole: temporary fil
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import google_crc32c
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from routesae_cache.json_files import CHECKSUM, DamagedJsonError, partial_of, read_json
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.registry import build_sae
 from routesae_cache.saes.sae import Sae
+from stores.json_checksum import json_checksum
+from stores.spec import check_origin
 
 CONFIG, METRICS, FAILED = "config.json", "metrics.jsonl", "failed.json"
 WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.safetensors"
+
+MOST = 2**63 - 1
+"""Of a seed, and of everything counted."""
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "SaeConfig": (SaeConfig,),
+    "dict[str, Any]": (dict,),
+}
 
 
 class RunError(ValueError):
@@ -56,6 +71,25 @@ class RunConfig:
     streams: int = 1
     """That the chunks were dealt out to, which the order of the tokens depends on."""
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), _TYPES[str(field.type)]
+            if type(value) not in kinds:
+                raise ValueError(f"{field.name}: expected {kinds[0].__name__}, found {value!r}")
+        smallest = dict.fromkeys(("width", "batch_tokens", "epochs", "streams"), 1)
+        smallest |= dict.fromkeys(("seed", "order_seed", "total_steps"), 0)
+        for name, least in smallest.items():
+            if not least <= (found := getattr(self, name)) <= MOST:
+                raise ValueError(f"{name}: expected from {least} to {MOST}, found {found}")
+        for name in ("lr", "mean_square"):
+            if not 0 <= (found := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a finite number from 0 on, found {found}")
+        if not is_plain_name(self.name):
+            raise ValueError(f"name: expected the name of a directory, found {self.name!r}")
+        check_origin(self.store_spec)
+        if type(self.store_spec.get("context")) is not int:
+            raise ValueError(f"store_spec.context: found {self.store_spec.get('context')!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -69,9 +103,11 @@ class RunConfig:
         record = {"streams": 1, **record}  # not in what was written when there was one alone
         if odd := sorted({f.name for f in dataclasses.fields(cls)} ^ set(record)):
             raise RunError(f"missing or unknown keys: {', '.join(odd)}")
+        if not isinstance(record["sae"], Mapping):
+            raise RunError(f"sae: expected a JSON object, found {record['sae']!r}")
         try:
             return cls(**{**record, "sae": SaeConfig.from_dict(record["sae"])})
-        except (TypeError, AttributeError, ValueError) as error:
+        except ValueError as error:
             raise RunError(str(error)) from error
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -84,16 +120,23 @@ class RunConfig:
         ]
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a text names something in a folder, and nothing outside it."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
+
+
 def read_config(run: Path) -> RunConfig:
     """The configuration of a run; RunError where there is none or it cannot be read."""
     path = run / CONFIG
     try:
-        return RunConfig.from_dict(json.loads(path.read_text("utf-8")))
+        return RunConfig.from_dict(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(
             f"{run}: expected a run of `routesae train`, found no {CONFIG} there"
         ) from None
-    except ValueError as error:
+    except DamagedJsonError as error:
+        raise RunError(str(error)) from error
+    except RunError as error:
         raise RunError(f"{path}: {error}") from error
 
 
@@ -108,8 +151,14 @@ def load_run(run: Path, device: str = "cpu") -> tuple[Sae, RunConfig]:
     config = read_config(run)
     if not (run / WEIGHTS).exists():
         raise RunError(f"{run}: the run has not ended; `routesae train --resume` goes on with it")
+    tensors, _ = _load(run / WEIGHTS)
+    if sum(tensor.numel() for tensor in tensors.values()) < config.sae.latents * config.width:
+        raise RunError(  # before memory is asked for
+            f"{run / WEIGHTS} does not fit the run's {CONFIG}: it is too small for "
+            f"{config.sae.latents} latents of width {config.width}"
+        )
     sae = build_sae(config.sae, config.width, config.seed)
-    load_strictly(sae, _load(run / WEIGHTS), run / WEIGHTS)
+    load_strictly(sae, tensors, run / WEIGHTS)
     return sae.to(device).eval(), config
 
 
@@ -126,7 +175,7 @@ def load_checkpoint(run: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> in
     path = run / CHECKPOINT
     if not path.exists():
         return 0
-    tensors = _load(path)
+    tensors, about = _load(path)
     prefix = "sae."
     load_strictly(
         sae, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path
@@ -137,7 +186,7 @@ def load_checkpoint(run: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> in
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return checkpoint_step(run)
+    return int(about["step"])
 
 
 def checkpoint_step(run: Path) -> int:
@@ -167,16 +216,23 @@ def load_strictly(sae: Sae, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _save(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    temporary = path.with_suffix(".partial")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    temporary = partial_of(path)
+    kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, temporary, {**about, CHECKSUM: str(_checksum(kept, about))})
     temporary.replace(path)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts as `_save` wrote them; files of earlier versions have no checksum."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = dict(file.metadata() or {})
+    checksum = about.pop(CHECKSUM, None)
+    if checksum not in (None, str(_checksum(tensors, about))):
+        raise RunError(f"{path} is damaged: its content does not fit its checksum")
+    return tensors, about
 
 
 @contextmanager
@@ -186,6 +242,16 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise RunError(f"{path} is damaged: {error}") from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> int:
+    """CRC-32C over the texts, and over each tensor's name, type, shape and bytes."""
+    described = {name: (str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())}
+    crc = json_checksum([sorted(about.items()), described])
+    for name in described:
+        values = tensors[name].cpu().reshape(-1).view(torch.uint8).numpy()
+        crc = google_crc32c.extend(crc, values)
+    return int(crc)
 
 
 def _flat(

@@ -6,17 +6,23 @@ All of them lie in the run's own directory, so a run that moves or is deleted ta
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from routesae_cache.checkpoint import METRICS, RunConfig
-from routesae_cache.json_files import write_json
+from routesae_cache.checkpoint import METRICS, RunConfig, RunError
+from routesae_cache.json_files import (
+    DamagedJsonError,
+    json_line,
+    parse_json,
+    partial_of,
+    read_json,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +33,7 @@ WandbMode = Literal["online", "offline", "disabled"]
 
 WANDB_FILE = "wandb.json"
 TENSORBOARD_FOLDER = "tensorboard"
+_ALWAYS = ("step", "loss", "nmse", "l0", "dead_share", "seconds")  # in every line
 _CHART_EVERY = 20  # lines from one bar chart to the next
 
 
@@ -96,28 +103,44 @@ class JsonLinesLogger:
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
         """Training time that the kept lines account for."""
-        temporary = folder / f"{METRICS}.partial"
-        temporary.write_text("".join(_line(record) for record in kept), "utf-8")
+        temporary = partial_of(self._path)
+        temporary.write_bytes(b"".join(map(json_line, kept)))
         temporary.replace(self._path)
 
     def log(self, record: Record) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        with self._path.open("ab") as file:
+            file.write(json_line(record))
 
     def finish(self, status: RunStatus) -> None:
         """Every line is on disk already."""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, none where there is no such file."""
+    """The lines of a run's `metrics.jsonl`, none where there is no such file.
+
+    A last line that was cut off while it was written is passed over; RunError for any other that
+    is damaged.
+    """
     path = folder / METRICS
     records: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:  # the last line, cut off by a kill
-            break
+            records.append(_metrics(parse_json(line)))
+        except DamagedJsonError as error:
+            raise RunError(
+                f"{path}, line {number}: {error}; remove the line, or the file to do without it"
+            ) from error
+    with suppress(DamagedJsonError):
+        records += [_metrics(parse_json(cut))]
     return records
+
+
+def _metrics(record: Any) -> dict[str, Any]:
+    known = record if isinstance(record, dict) else {}
+    if odd := [key for key in _ALWAYS if type(known.get(key)) not in (int, float)]:
+        raise DamagedJsonError(f"expected metrics, found no number for {', '.join(odd)}")
+    return known
 
 
 def scalars(record: Record, layers: Sequence[int]) -> dict[str, float]:
@@ -232,7 +255,11 @@ def _wandb_id(folder: Path) -> str:
     path = folder / WANDB_FILE
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:12]})
-    return str(json.loads(path.read_text("utf-8"))["id"])
+    record = read_json(path)
+    found = record.get("id") if isinstance(record, dict) else None
+    if not isinstance(found, str) or not found.isalnum():
+        raise RunError(f"{path}: expected the id of a run of wandb, found {found!r}; remove it")
+    return found
 
 
 def _prepare_wandb(config: LogConfig) -> OpenLogger:
@@ -255,10 +282,6 @@ def _need(package: str) -> None:
             f"--log {package} needs a package that is not installed; "
             f"run `pip install 'routesae-cache[{package}]'`"
         )
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
 
 
 LOGGERS: Mapping[str, Callable[[LogConfig], OpenLogger]] = {

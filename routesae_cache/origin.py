@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from routesae_cache.lm import Dtype, LanguageModel, load_lm
 from routesae_cache.sources import ModelError, ModelSource, resolve_model
@@ -25,6 +25,11 @@ def origin_lm(spec: StoreSpec, *, model: str | None = None, device: str = "cpu")
         ModelError: if there is no such model, or it is another one.
     """
     dtype = cast(Dtype, spec.model["dtype"])
+    if dtype not in get_args(Dtype):
+        raise ModelError(
+            f"the store says that its model computed in {dtype!r}; expected one of "
+            f"{', '.join(get_args(Dtype))}"
+        )
     with _hint(spec, model):
         source = _source(spec, model)
         lm = load_lm(source, dtype=dtype, device=device)

@@ -15,7 +15,7 @@ from typing import Any
 
 from routesae_cache.checkpoint import CONFIG, FAILED, WEIGHTS
 from routesae_cache.experiment import STAGES, Experiment, Options, Stage
-from routesae_cache.json_files import write_json
+from routesae_cache.json_files import read_json, write_json
 from routesae_cache.runs import run_names
 from routesae_cache.sweep import complete
 from stores.layout import read_spec
@@ -176,7 +176,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 def _read_records(path: Path) -> dict[str, StageRecord]:
     try:
-        stages = json.loads(path.read_text("utf-8"))["stages"]
+        stages = read_json(path)["stages"]
         return {name: StageRecord(**record) for name, record in stages.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -19,9 +19,11 @@ from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
 
 from stores.codecs import ArrayLayout
 from stores.errors import NewerFormatError, NotAStoreError
+from stores.json_checksum import json_checksum
 from stores.spec import FORMAT_VERSION, Record, StoreSpec
 
 ATTRIBUTE = "routesae_store"
+CHECKSUM = "routesae_store_crc32c"
 ROW_ARRAYS = ("tokens", "lengths", "documents")
 STAT_ARRAYS = ("count", "sum", "sum_squares", "distortion")
 Rows = NDArray[Any]
@@ -184,7 +186,8 @@ def open_array(group: zarr.Group, spec: StoreSpec, stored: StoredArray) -> zarr.
 def read_spec(path: Path) -> StoreSpec:
     """The description of the store at `path`; NotAStoreError or NewerFormatError."""
     try:
-        record = json.loads((path / "zarr.json").read_text())["attributes"][ATTRIBUTE]
+        attributes = json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]
+        record = attributes[ATTRIBUTE]
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         found = "nothing there" if not path.exists() else "something that is not a zarr v3 group"
         raise NotAStoreError(
@@ -195,15 +198,20 @@ def read_spec(path: Path) -> StoreSpec:
             f"{path}: expected an activation store; its zarr.json lacks a readable "
             f"attribute {ATTRIBUTE!r} ({error})"
         ) from None
-    return _parse_spec(path, record)
+    return _parse_spec(path, record, attributes.get(CHECKSUM))
 
 
-def _parse_spec(path: Path, record: Any) -> StoreSpec:
+def _parse_spec(path: Path, record: Any, checksum: Any) -> StoreSpec:
     version = record.get("format_version") if isinstance(record, dict) else None
     if type(version) is not int or version < 1:
         raise NotAStoreError(f"{path}: expected a store's format version, found {version!r}")
     if version > FORMAT_VERSION:
         raise NewerFormatError(path, version, FORMAT_VERSION)
+    if checksum not in (None, json_checksum(record)):
+        raise NotAStoreError(
+            f"{path}: the description in its zarr.json does not fit its checksum {checksum!r}: it "
+            f"was damaged, or changed by hand (who is sure of it removes {CHECKSUM!r} there)"
+        )
     try:
         return StoreSpec.from_dict(record)
     except ValueError as error:
@@ -212,7 +220,8 @@ def _parse_spec(path: Path, record: Any) -> StoreSpec:
 
 def set_spec(group: zarr.Group, spec: StoreSpec) -> None:
     """Replace the description, in one atomic step."""
-    attributes: Record = {ATTRIBUTE: spec.to_dict()}
+    record = spec.to_dict()
+    attributes: Record = {ATTRIBUTE: record, CHECKSUM: json_checksum(record)}
     group.update_attributes(attributes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal
 
 from stores.codecs import ResidualCodec, codec_from_dict
@@ -16,6 +17,12 @@ Record = dict[str, Any]
 
 _SIZES = ("n_blocks", "width", "context", "batch_rows", "chunk_rows")
 _COUNTS = ("eval_target", "eval_rows", "train_rows", "eval_tokens", "train_tokens")
+_ORIGIN: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "model": {"name": (str,), "dtype": (str,), "weights": (str,), "revision": (str, NoneType)},
+    "tokenizer": {"bos_id": (int, NoneType)},
+    "text": {"dataset": (str,)},
+}
+"""What is used of where a store came from; a key that may be None may be missing."""
 _GROWING = ("eval_rows", "train_rows", "eval_tokens", "train_tokens", "exhausted")
 
 
@@ -69,6 +76,7 @@ class StoreSpec:
             raise ValueError(
                 f"eval_rows: expected whole chunks of {self.chunk_rows}, found {self.eval_rows}"
             )
+        check_origin({"model": self.model, "tokenizer": self.tokenizer, "text": self.text})
         self.codec.layout(self.width)
 
     @property
@@ -145,6 +153,19 @@ class StoreSpec:
         for name in _GROWING:
             have.pop(name), want.pop(name)
         return list(_differences("", have, want))
+
+
+def check_origin(record: Record) -> None:
+    """ValueError where a store's description lacks what is used of where it came from."""
+    for part, keys in _ORIGIN.items():
+        found = record.get(part)
+        for key, kinds in keys.items():
+            value = found.get(key) if isinstance(found, dict) else None
+            if not isinstance(found, dict) or type(value) not in kinds:
+                raise ValueError(
+                    f"store description: {part}.{key}: expected {kinds[0].__name__}, "
+                    f"found {(value if isinstance(found, dict) else found)!r}"
+                )
 
 
 _JSON_TYPES: Mapping[str, type] = {

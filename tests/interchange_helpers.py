@@ -19,7 +19,7 @@ from routesae_cache.saes.sae import Sae
 
 WIDTH, LATENTS, MEAN_SQUARE = 32, 96, 150.0
 SPEC = {
-    "model": {"name": "tiny"},
+    "model": {"name": "tiny", "dtype": "float32", "weights": "0"},
     "tokenizer": {"bos_id": 1},
     "text": {"dataset": "letters"},
     "context": 128,

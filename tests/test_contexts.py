@@ -18,6 +18,7 @@ from routesae_cache.checkpoint import load_run
 from routesae_cache.contexts import activation_files
 from routesae_cache.contexts.contexts import ContextsConfig, Mined, auto_threshold, mine_contexts
 from routesae_cache.contexts.text import CLOSE, OPEN, StoreText
+from routesae_cache.json_files import read_json
 from routesae_cache.origin import origin_tokenizer
 from routesae_cache.train import TrainConfig, train
 from stores.reader import StoreReader
@@ -246,7 +247,7 @@ def test_interpretable_latents_at_each_threshold(
 def test_structure(mined: dict[str, Mined], reader: StoreReader, runs: dict[str, Path]) -> None:
     result = mined["routed"]
     text = result.contexts.read_text("utf-8")
-    record = json.loads(text)
+    record = read_json(result.contexts)
     summary = record.pop("summary")
     latents, contexts = record.pop("latents"), record.pop("latent_context_map")
     assert record == {

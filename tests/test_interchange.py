@@ -21,6 +21,7 @@ from routesae_cache.checkpoint import RunError, load_run
 from routesae_cache.interchange.export import ExportConfig, ExportError, ExportResult, export_run
 from routesae_cache.interchange.formats import FORMATS
 from routesae_cache.interchange.verify import TOLERANCE
+from routesae_cache.json_files import read_json, write_json
 from routesae_cache.losses import denormalise_token, normalise_token
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.sae import Sae
@@ -418,8 +419,7 @@ def test_the_routers_factor_is_measured_apart(tmp_path: Path) -> None:
 def test_epsilon_is_measured_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Residuals so small that 1e-5 counts."""
     run = make_run(tmp_path / "run", sae_config("relu"))
-    record = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(record | {"mean_square": 1e-6}))
+    write_json(run / "config.json", read_json(run / "config.json") | {"mean_square": 1e-6})
     (d,) = export(run, tmp_path / "out", verify=True).differences
     assert d.ok
     assert d.read.largest is not None

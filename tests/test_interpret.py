@@ -29,6 +29,7 @@ from routesae_cache.interpretation.interpret import (
 )
 from routesae_cache.interpretation.prompts import ask_for_matches
 from routesae_cache.interpretation.results import Average, Detection, Interpretation
+from routesae_cache.json_files import read_json
 from tests.chat_server import (
     FAULTS,
     KEY,
@@ -113,7 +114,7 @@ def test_result(server: ChatServer, contexts: Path) -> None:
 
     server.respond = respond
     result = interpret(contexts, config(server))
-    record = json.loads(result_path(contexts).read_text())
+    record = read_json(result_path(contexts))
     assert record == result.to_dict()
     assert record["kind"] == "interpretation"
     assert (record["contexts"], record["name"]) == (str(contexts), "demo_run")
@@ -571,7 +572,7 @@ def test_detection_goes_on_and_counts_what_it_lacks(server: ChatServer, tmp_path
         (b"{}", "expected contexts"),
         (b"[1]", "expected contexts"),
         (b'{"kind": "evaluation"}', "kind 'evaluation'"),
-        (b"\x00\x01", "expected a JSON file"),
+        (b"\x00\x01", "expected JSON"),
         (b'{"kind": "contexts", "name": "x", "latent_context_map": {}}', "no interpretable latent"),
     ],
 )

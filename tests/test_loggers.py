@@ -66,15 +66,16 @@ def stop_at(step: int) -> dict[str, Any]:
 
 def test_json_lines_go_on_after_the_checkpoint(tmp_path: Path) -> None:
     lines = JsonLinesLogger(tmp_path, 0)
+    numbers = dict.fromkeys(("loss", "nmse", "l0", "dead_share"), 0.5)
     for step in (1, 2, 3):
-        lines.log({"step": step, "seconds": step / 2})
+        lines.log({"step": step, "seconds": step / 2, **numbers})
     lines.finish("interrupted")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "seco')
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
     resumed = JsonLinesLogger(tmp_path, 2)
     assert resumed.seconds == 1.0
-    resumed.log({"step": 3, "seconds": 9})
+    resumed.log({"step": 3, "seconds": 9, **numbers})
     assert [r["seconds"] for r in read_metrics(tmp_path)] == [0.5, 1.0, 9]
     assert read_metrics(tmp_path / "nothing") == []
 

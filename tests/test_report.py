@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from cli.app import app
 from routesae_cache.checkpoint import load_run
+from routesae_cache.json_files import read_json
 from routesae_cache.lm import load_lm
 from routesae_cache.origin import origin_tokenizer
 from routesae_cache.report.activity import (
@@ -334,7 +335,8 @@ def test_without_store_and_model_contexts_are_shown_as_they_are(
 ) -> None:
     root = copied(stages, tmp_path / "runs")
     for file in [*root.rglob("config.json"), *root.rglob("*_0.10.json"), root / "eval.json"]:
-        file.write_text(file.read_text().replace(str(stages.reader.path), "/nowhere/s.zarr"))
+        text = json.dumps(read_json(file)).replace(str(stages.reader.path), "/nowhere/s.zarr")
+        file.write_text(text)
     made = build_report(ReportConfig(root=root, out=tmp_path / "r.html"))
     assert any("--store" in m.sentence for m in made.missing)
     page = (tmp_path / "r.html").read_text("utf-8")

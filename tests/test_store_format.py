@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from stores.codecs import CODECS, Float32
-from stores.layout import ATTRIBUTE, TokenRows, stored_arrays
+from stores.layout import ATTRIBUTE, CHECKSUM, TokenRows, stored_arrays
 from stores.reader import StoreReader
 from stores.spec import StoreSpec
 from stores.writer import StoreWriter
@@ -36,7 +36,7 @@ DOCUMENT = (Path(__file__).parent.parent / "docs" / "STORE_FORMAT.md").read_text
 
 RECORD: dict[str, Any] = {
     "format_version": 1,
-    "model": {"name": "tiny", "revision": None},
+    "model": {"name": "tiny", "revision": None, "dtype": "float32", "weights": "0"},
     "tokenizer": {"bos_id": 1},
     "text": {"dataset": "none", "files": [["a.txt", 12]]},
     "packing": "document",
@@ -267,7 +267,9 @@ def test_metadata_of_arrays(tiny_store: Path, kind: str) -> None:
 def test_metadata_of_the_group(tiny_store: Path, kind: str) -> None:
     found = json.loads((tiny_store / "zarr.json").read_text())
     assert (found["zarr_format"], found["node_type"]) == (3, "group")
-    assert found["attributes"] == {ATTRIBUTE: RECORD | {"codec": CODEC_RECORDS[kind]}}
+    record = RECORD | {"codec": CODEC_RECORDS[kind]}
+    line = json.dumps(found["attributes"][ATTRIBUTE], ensure_ascii=False)  # keys as they come
+    assert found["attributes"] == {ATTRIBUTE: record, CHECKSUM: crc32c(line.encode())}
 
 
 def test_the_tiny_store_reads_back(tiny_store: Path) -> None:

@@ -23,8 +23,8 @@ RECORDS = st.dictionaries(st.text(max_size=8), JSON, max_size=4)
 
 
 @given(
-    model=RECORDS,
-    text=RECORDS,
+    model=RECORDS.map(lambda record: record | {"name": "m", "dtype": "float32", "weights": "0"}),
+    text=RECORDS.map(lambda record: record | {"dataset": "t"}),
     codec=st.sampled_from(list(VARIANTS.values())),
     layers=st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found))),
     half_width=st.integers(1, 10**6),

@@ -39,9 +39,9 @@ def read(folder: Path, text: str) -> Sweep:
 
 def store_spec(blocks: int, layers: tuple[int, ...], width: int) -> StoreSpec:
     return StoreSpec(
-        model={"name": "m"},
+        model={"name": "m", "dtype": "float32", "weights": "0"},
         tokenizer={},
-        text={},
+        text={"dataset": "t"},
         packing="joined",
         layers=layers,
         n_blocks=blocks,

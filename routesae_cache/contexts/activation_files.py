@@ -36,7 +36,13 @@ class ActivationFile:
 
     def __init__(self, path: Path, context: int) -> None:
         self._path, self._context = path, context
-        self._writer = pq.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=_REPEATED)
+        self._writer = pq.ParquetWriter(
+            path,
+            _SCHEMA,
+            compression="zstd",
+            use_dictionary=_REPEATED,
+            write_page_checksum=True,
+        )
         self._waiting: list[Activations] = []
         self._n_waiting = 0
 
@@ -99,17 +105,25 @@ class Part(NamedTuple):
 
 
 def read_activations(path: Path) -> Iterator[Part]:
-    """The rows of an activations file in their order, a bounded number at a time."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_GROUP_ROWS):
-            row, position, latent, activation, layer = batch.columns
-            yield Part(
-                row.to_numpy(),
-                position.to_numpy(),
-                latent.to_numpy(),
-                activation.to_numpy(),
-                layer.fill_null(NO_LAYER).to_numpy(zero_copy_only=False),
-            )
+    """The rows of an activations file in their order, a bounded number at a time.
+
+    Raises ValueError where it is damaged, as far as its checksums, which are of pages, show it.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.schema_arrow != _SCHEMA:
+                raise ValueError(f"expected the columns {_SCHEMA.names}")
+            for batch in file.iter_batches(batch_size=_GROUP_ROWS):
+                row, position, latent, activation, layer = batch.columns
+                yield Part(
+                    row.to_numpy(),
+                    position.to_numpy(),
+                    latent.to_numpy(),
+                    activation.to_numpy(),
+                    layer.fill_null(NO_LAYER).to_numpy(zero_copy_only=False),
+                )
+    except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 class Histograms(NamedTuple):

@@ -75,7 +75,7 @@ def write_delphi(
             n_F = count_F if layer is None else layers_FL[:, sae.layers.index(layer)]
             (partial / name).mkdir(parents=True)
             _write_hookpoint(partial / name, activations, reader, split, layer, n_F)
-            write_json(partial / name / "config.json", _config(reader, split, sae))
+            write_json(partial / name / "config.json", _config(reader, split, sae), checked=False)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except BaseException:
@@ -90,7 +90,7 @@ def _config(reader: StoreReader, split: Split, sae: SaeConfig) -> dict[str, Any]
         "dataset_repo": spec.text["dataset"],
         "dataset_split": split,
         "dataset_name": "",
-        "dataset_column": spec.text["text_field"],
+        "dataset_column": spec.text.get("text_field"),
         "batch_size": spec.batch_rows,
         "cache_ctx_len": spec.context,
         "n_tokens": len(split_rows(spec, split)) * spec.context,

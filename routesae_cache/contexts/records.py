@@ -9,11 +9,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from routesae_cache.contexts.activation_files import histograms
 from routesae_cache.contexts.mining import NO_LAYER, Activations, Ints, StrongestFew, Tally
 from routesae_cache.contexts.text import StoreText
+from routesae_cache.json_files import CHECKSUM, partial_of
 
 _BINS = 20
 Record = dict[str, Any]
@@ -129,15 +131,24 @@ def write_record(path: Path, head: Record, maps: Mapping[str, Iterable[tuple[int
 
     `json` would take ten times as long to indent it all, and `maps` need not be in memory.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write("{\n" + ",\n".join(f"{_json(key)}: {_json(head[key])}" for key in head))
+    partial = partial_of(path)
+    with partial.open("wb") as file:
+        crc = 0
+
+        def write(text: str) -> None:
+            nonlocal crc
+            file.write(text.encode())
+            crc = google_crc32c.extend(crc, text.replace("\n", "").encode())
+
+        write("{\n" + ", \n".join(f"{_json(key)}: {_json(head[key])}" for key in head))
         for name, items in maps.items():
-            file.write(f",\n{_json(name)}: {{")
+            write(f", \n{_json(name)}: {{")
             for index, (key, value) in enumerate(items):
-                file.write(f"{',' if index else ''}\n{_json(str(key))}: {_json(value)}")
-            file.write("\n}")
-        file.write("\n}\n")
+                write(f"{', ' if index else ''}\n{_json(str(key))}: {_json(value)}")
+            write("\n}")
+        # as `read_json` compares it: of the object on one line, without its checksum
+        crc = google_crc32c.extend(crc, b"}")
+        file.write(f", \n{_json(CHECKSUM)}: {crc}\n}}\n".encode())
     partial.replace(path)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from routesae_cache.json_files import read_json
 
 _FEWEST_HELD_OUT = 2  # of fewer, a balanced accuracy says nothing
 
@@ -87,10 +88,7 @@ def read_excerpts(path: Path, *, sample: int, seed: int, hold_out: bool) -> Exce
 
 
 def _read(path: Path) -> Any:
-    try:
-        record: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON file of `routesae contexts`: {error}") from None
+    record = read_json(path)
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind != "contexts":
         found = f"kind {kind!r}" if kind else "none"

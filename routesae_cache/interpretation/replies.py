@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,11 @@ from typing import Any, Literal, Self
 from routesae_cache.interpretation.chat import Reply
 from routesae_cache.interpretation.prices import Usage
 from routesae_cache.interpretation.prompts import PROMPT_VERSION, Answer, Question, Unparsed
+from routesae_cache.json_files import json_line, parse_json
 
 logger = logging.getLogger(__name__)
 
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link may lead elsewhere
 TRIES = 2  # a reply that does not parse is asked for once more
 
 Status = Literal["parsed", "unparsed", "refused", "failed", "left"]
@@ -54,7 +55,7 @@ class ReplyLog:
             self._load()
 
     def __enter__(self) -> Self:
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._handle = os.open(self.path, _FLAGS, 0o666)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -102,7 +103,7 @@ class ReplyLog:
             "text": reply.text,
             "usage": reply.usage and reply.usage._asdict(),
         }
-        line = json.dumps(record).encode() + b"\n"
+        line = json_line(record)
         while line:
             line = line[os.write(self._handle, line) :]
         self._replies.setdefault(key, []).append(reply)
@@ -111,7 +112,7 @@ class ReplyLog:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     if record["model"] == self._model:
                         self._replies.setdefault(record["key"], []).append(_reply(record))
                 except (ValueError, LookupError, TypeError) as error:
@@ -130,7 +131,7 @@ class ReplyLog:
         if not rest:
             return
         try:
-            json.loads(rest)
+            parse_json(rest)
             os.write(self._handle, b"\n")
         except ValueError:
             logger.info("%s: the last reply was cut off while it was written", self.path)

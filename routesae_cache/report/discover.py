@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from routesae_cache.checkpoint import CONFIG, WEIGHTS, RunConfig, read_config
+from routesae_cache.json_files import DamagedJsonError, read_json
 from routesae_cache.loggers import read_metrics
 from stores.spec import Record
 
@@ -133,9 +133,9 @@ def _results(paths: Iterable[Path]) -> Iterator[Result]:
     """The files that say which stage they are from."""
     for path in sorted(paths):
         try:
-            record = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            logger.warning("%s is left out: it is not JSON (%s)", path, error)
+            record = read_json(path)
+        except DamagedJsonError as error:
+            logger.warning("left out: %s", error)
             continue
         if isinstance(record, dict) and record.get("kind") in KINDS:
             _check(path, record)
@@ -145,7 +145,7 @@ def _results(paths: Iterable[Path]) -> Iterator[Result]:
 
 def read_texts(result: Result) -> Record:
     """The contexts of each latent and token in a contexts file."""
-    texts: Record = json.loads(result.path.read_text("utf-8"))[TEXTS]
+    texts: Record = read_json(result.path)[TEXTS]
     return texts
 
 
