@@ -11,6 +11,7 @@ from cli.console import err
 from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
 from cli.training import (
     Log,
+    Nproc,
     Replace,
     Resume,
     WandbGroup,
@@ -37,6 +38,7 @@ def sweep(
         typer.Option("--out", help="Folder for the runs  \\[default: runs/ and the file's name]"),
     ] = None,
     device: Device = "auto",
+    nproc: Nproc = 1,
     ray: Ray = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -69,4 +71,4 @@ def sweep(
             ),
             **described.train,
         )
-    run_pass(store, described.specs, config, cluster)
+    run_pass(store, described.specs, config, nproc, cluster)

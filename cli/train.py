@@ -20,6 +20,7 @@ from cli.options import (
 )
 from cli.training import (
     Log,
+    Nproc,
     Out,
     Replace,
     Resume,
@@ -97,6 +98,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate at its height.")] = 5e-4,
     seed: Seed = 42,
     device: Device = "auto",
+    nproc: Nproc = 1,
     ray: Ray = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -148,4 +150,4 @@ def train(
                 wandb_mode=wandb_mode,
             ),
         )
-    run_pass(store, specs, config, cluster)
+    run_pass(store, specs, config, nproc, cluster)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,14 +15,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
-from cli.console import bar_columns, count, duration, err, layer_list, out, stop_signals
+from cli.console import bar_columns, count, duration, err, handled, layer_list, out, stop_signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from routesae_cache.launch import Ended
     from routesae_cache.loggers import LogConfig
+    from routesae_cache.parallel import World
     from routesae_cache.ray_pool import RayConfig
     from routesae_cache.runs import RunState
     from routesae_cache.saes.registry import SaeSpec
@@ -47,6 +52,10 @@ Replace = Annotated[
     typer.Option(
         "--replace", help="Move runs made with other settings to OUT/.replaced, train them anew."
     ),
+]
+Nproc = Annotated[
+    int,
+    typer.Option(min=1, help="Processes on this machine that share each batch, a GPU for each."),
 ]
 Log = Annotated[
     list[str] | None,
@@ -92,15 +101,96 @@ def log_config(
 
 
 def run_pass(
-    store: Path, specs: Sequence[SaeSpec], config: TrainConfig, cluster: RayConfig | None
+    store: Path,
+    specs: Sequence[SaeSpec],
+    config: TrainConfig,
+    nproc: int = 1,
+    cluster: RayConfig | None = None,
 ) -> None:
     """Train SAEs in one pass over a store, with a display of it; the end of `train` and `sweep`.
 
-    On a cluster the workers share the SAEs, and each passes over the store.
+    `nproc` processes share every batch; on a cluster the workers share the SAEs, and each passes
+    over the store.
 
     Exits with 1 where a run failed; KeyboardInterrupt where the pass was asked to stop.
     """
-    with err.status("Opening the store"):
+    from routesae_cache.parallel import launched
+
+    if cluster is not None and (nproc > 1 or launched()):
+        raise ValueError(
+            "--ray shares out SAEs, --nproc and torchrun the tokens of a batch; give one of them"
+        )
+    if nproc == 1:
+        _share(store, specs, config, cluster)
+        return
+    if launched():
+        raise ValueError("--nproc starts processes, and torchrun did already; give one of the two")
+    from routesae_cache.launch import check_processes, launch
+
+    check_processes(nproc, config.device)
+    _raise(launch(_process, nproc, (store, specs, config)), nproc)
+
+
+def _process(store: Path, specs: Sequence[SaeSpec], config: TrainConfig) -> None:
+    """One of several processes, from its beginning to its exit code."""
+    try:
+        handled(_share)(store, specs, config)
+    except typer.Exit as end:
+        raise SystemExit(end.exit_code) from None
+
+
+def _raise(ended: Ended, nproc: int) -> None:
+    """What processes that have ended, and said why, mean for the command that started them."""
+    if ended.code == -signal.SIGTERM:
+        raise KeyboardInterrupt
+    if ended.code < 0:
+        name = signal.Signals(-ended.code).name
+        err.print(
+            f"[bold red]Error:[/] process {ended.rank} of 0 to {nproc - 1} was killed by {name}; "
+            "--resume goes on with the runs from their last checkpoints",
+            soft_wrap=True,
+        )
+    if ended.code:
+        raise typer.Exit(max(ended.code, 1))
+
+
+def _share(
+    store: Path, specs: Sequence[SaeSpec], config: TrainConfig, cluster: RayConfig | None = None
+) -> None:
+    """This process's share of a pass, which is all of it unless it was started as one of several.
+
+    The leading process speaks for all, except of an error that it does not have itself.
+    """
+    from routesae_cache.launch import PEER_LOST
+    from routesae_cache.parallel import PeerError, join
+
+    with join(config.device) as (world, device):
+        out.quiet = err.quiet = not world.leads
+        try:
+            result = _pass(store, specs, replace(config, device=device), world, cluster)
+        except PeerError as error:
+            err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(PEER_LOST) from None
+        except (ValueError, OSError):
+            err.quiet = False
+            raise
+    if not world.leads:
+        return
+    _report(store, config.out, result)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    if any(state.status == "failed" for state in result.runs):
+        raise typer.Exit(1)
+
+
+def _pass(
+    store: Path,
+    specs: Sequence[SaeSpec],
+    config: TrainConfig,
+    world: World,
+    cluster: RayConfig | None,
+) -> TrainResult:
+    with err.status("Opening the store"), world.together():
         from routesae_cache.kernels import keep_freed_memory
         from routesae_cache.sweep import complete
         from routesae_cache.train import train
@@ -110,16 +200,12 @@ def run_pass(
         reader = StoreReader(store)
         saes = complete(specs, reader.spec, seed=config.seed)
     with stop_signals() as stopped, _display(stopped) as display:
+        run = partial(train, world=world)
         if cluster is not None:
             from routesae_cache.ray_train import train_on_ray
 
-            train = partial(train_on_ray, cluster=cluster)
-        result = train(reader, saes, config, display.update, on_start=_announce, stopped=stopped)
-    _report(store, config.out, result)
-    if result.interrupted:
-        raise KeyboardInterrupt
-    if any(state.status == "failed" for state in result.runs):
-        raise typer.Exit(1)
+            run = partial(train_on_ray, cluster=cluster)
+        return run(reader, saes, config, display.update, on_start=_announce, stopped=stopped)
 
 
 def _announce(start: TrainStart) -> None:

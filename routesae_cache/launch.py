@@ -58,6 +58,7 @@ def launch(work: Callable[..., None], count: int, arguments: Sequence[Any]) -> E
         spawning.Process(
             target=_enter,
             args=(environment(rank, count, meeting.port), work, arguments),
+            name=f"process {rank}",
             daemon=True,
         )
         for rank in range(count)

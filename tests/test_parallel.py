@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from routesae_cache import launch as launch_module
 from routesae_cache.checkpoint import RunError, checkpoint_step, read_config
 from routesae_cache.launch import PEER_LOST, Ended, _cause, check_processes, launch
 from routesae_cache.loggers import read_metrics
-from routesae_cache.parallel import ALONE, World, cores
+from routesae_cache.parallel import ALONE, World, cores, environment
 from routesae_cache.runs import Asked, run_names
 from routesae_cache.saes.registry import build_sae
 from routesae_cache.train import TrainConfig, train
 from stores.reader import StoreReader
+from tests.command_helpers import refused, routesae
 from tests.parallel_helpers import BATCH_TOKENS, FAILING, SAES, STEPS, STOP_AT, F, go, pair, work
 from tests.pipeline_helpers import config, run, topk
 
@@ -65,7 +67,7 @@ def test_weights_are_the_same_in_all_processes(name: str, folder: Path) -> None:
 
 def test_some_latents_died_and_were_revived(folder: Path) -> None:
     """Or the window and AuxK would not have been looked at."""
-    revived = [NAMES[0], NAMES[3]]
+    revived = [NAMES[0], NAMES[2]]
     for name in revived:
         assert load_file(folder / "one" / name / "sae.safetensors")["dead_F"].any()
 
@@ -87,7 +89,7 @@ def test_one_processs_word_stops_all_and_its_loss_fails_the_run(folder: Path) ->
         assert second == (STEPS - STOP_AT) * BATCH_TOKENS
         assert statuses == ["done"] * len(SAES) + ["failed"]
     failed = folder / "two" / NAMES[-1]
-    assert json.loads((failed / "failed.json").read_text())["step"] == 15
+    assert json.loads((failed / "failed.json").read_text())["step"] == STEPS
     assert checkpoint_step(failed) == STOP_AT
 
 
@@ -185,3 +187,41 @@ def test_more_processes_than_the_machine_has_room_for() -> None:
         check_processes(1000, "cuda")
     with pytest.raises(ValueError, match="found --device cuda:1: give cuda"):
         check_processes(2, "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "words"),
+    [
+        (Ended(0, 0), 0, []),
+        (Ended(1, 2), 2, []),  # it has said why
+        (Ended(0, 130), 130, []),
+        (Ended(1, -9), 1, ["process 1 of 0 to 1 was killed by SIGKILL", "--resume"]),
+        (Ended(0, -15), 130, ["Stopped.", "--resume"]),
+    ],
+)
+def test_how_the_command_ends(
+    ended: Ended,
+    code: int,
+    words: list[str],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[Any] = []
+
+    def launched(*arguments: Any) -> Ended:
+        started.append(arguments)
+        return ended
+
+    monkeypatch.setattr(launch_module, "cores", lambda: 2)
+    monkeypatch.setattr(launch_module, "launch", launched)
+    command = ["train", store, "--sae", "topk", "--k", 4, "--device", "cpu", "--out", tmp_path]
+    result = routesae(*command, "--nproc", 2)
+    assert result.exit_code == code, result.output
+    assert all(word in result.stderr for word in words)
+    assert bool(result.stderr) == bool(words)
+    assert [count for _, count, _ in started] == [2]
+    refused(routesae(*command, "--nproc", 3), "--nproc 3", "at most 2")
+    for name, value in environment(0, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    refused(routesae(*command, "--nproc", 2), "torchrun did already")
