@@ -13,9 +13,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-import torch
-
-from routesae_cache.parallel import cores, environment, meeting_point
+from routesae_cache.parallel import check_devices, cores, environment, meeting_point
 
 PEER_LOST = 75
 """Exit code of a process that ended because another did."""
@@ -32,15 +30,9 @@ class Ended(NamedTuple):
 
 def check_processes(count: int, device: str) -> None:
     """ValueError where this machine has too few GPUs or cores for so many processes."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(
-            f"--nproc {count} takes one GPU for each process, from the first on; found --device "
-            f"{device}: give cuda, and CUDA_VISIBLE_DEVICES for other ones"
-        )
-    there = torch.cuda.device_count() if device == "cuda" else cores()
-    if count > there:
-        what = "GPUs" if device == "cuda" else "cores (a process each)"
-        raise ValueError(f"--nproc {count}: expected at most {there}, the number of {what} here")
+    check_devices(count, device)
+    if device == "cpu" and count > (there := cores()):
+        raise ValueError(f"{count} processes: expected at most {there}, a core here for each")
 
 
 def launch(work: Callable[..., None], count: int, arguments: Sequence[Any]) -> Ended:
@@ -65,13 +57,13 @@ def launch(work: Callable[..., None], count: int, arguments: Sequence[Any]) -> E
     ]
     with _signals_passed_on(processes):
         _until(processes, lambda: any(process.exitcode for process in processes))
+        _until(processes, _late(_PATIENCE))
+        codes = [process.exitcode for process in processes]
         for end in (BaseProcess.terminate, BaseProcess.kill):
-            _until(processes, _late(_PATIENCE))
             for process in filter(BaseProcess.is_alive, processes):
                 end(process)
-        for process in processes:
-            process.join()
-    ended = (Ended(rank, process.exitcode or 0) for rank, process in enumerate(processes))
+            _until(processes, _late(_PATIENCE))
+    ended = (Ended(rank, code) for rank, code in enumerate(codes) if code is not None)
     return min(ended, key=_cause)
 
 

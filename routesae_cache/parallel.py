@@ -18,7 +18,10 @@ from torch import Tensor
 
 from routesae_cache import selection
 
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_ENVIRONMENT = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 _HERE = "127.0.0.1"
 _SMALL = 1 << 16  # elements; smaller gradients travel together, in one buffer
 T = TypeVar("T")
@@ -220,8 +223,8 @@ def meeting_point() -> dist.TCPStore:  # type: ignore[name-defined]
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun would tell a process, of some on this machine that meet at a port."""
-    values = (str(rank), str(size), str(rank), _HERE, str(port))
-    agent = {"LOCAL_WORLD_SIZE": str(size), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    values = (*map(str, (rank, size, rank, size)), _HERE, str(port))
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # nobody is to open the meeting point again
     return dict(zip(_ENVIRONMENT, values, strict=True)) | agent
 
 
@@ -235,22 +238,35 @@ def join(device: str) -> Generator[tuple[World, str]]:
     """The world that this process is in, and the device it is to use.
 
     Args:
-        device: `cuda` is the GPU that is this process's by its number on the machine.
+        device: `cpu`, or `cuda` for the GPU whose number is this process's on its machine.
+
+    Raises:
+        ValueError: where there is no such GPU.
     """
     if not launched():
         yield ALONE, device
         return
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    check_devices(processes, device)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // processes))
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, cores() // here))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     yield _Group(), device
     dist.destroy_process_group()  # not after an error: it might wait for processes that wait for it
+
+
+def check_devices(processes: int, device: str) -> None:
+    """ValueError where so many processes on this machine cannot have a device each."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--device {device}: several processes take a GPU each, from the first on; give cuda, "
+            "and CUDA_VISIBLE_DEVICES for other ones"
+        )
+    if device == "cuda" and processes > (gpus := torch.cuda.device_count()):
+        raise ValueError(f"{processes} processes: expected at most {gpus}, a GPU here for each")
 
 
 def cores() -> int:

@@ -169,7 +169,7 @@ def prepare(
     with world.together():
         plan = _Plan(reader, [Asked(*each) for each in saes], config, only, world)
         open_loggers = prepare_loggers(config.log, len(plan.runs)) if world.leads else []
-    return plan, open_loggers, world.first(plan.look)
+    return plan, open_loggers, world.first(plan.settle)
 
 
 def _train(
@@ -252,8 +252,8 @@ class _Plan:
         self.streams = self._streams([config.out / name for name in names])
         if self.streams % world.size:
             raise RunError(
-                f"the runs in {config.out} were begun with {self.streams} processes; to go on "
-                f"with them expected as many, or a divisor of that number, found {world.size}"
+                f"the runs in {config.out} were begun with --nproc {self.streams}; to go on with "
+                f"them expected the same or a divisor of it, found {world.size} processes"
             )
         chosen = range(len(asked)) if only is None else only
         # those of ended runs, too: a resumed pass goes on with the very same batches
@@ -282,8 +282,9 @@ class _Plan:
         self.runs = [runs[index] for index in chosen]
         self.folders = [config.out / run.name for run in self.runs]
 
-    def look(self) -> list[RunState | None]:
-        """How the runs that need no further training came out, None for the others.
+    def settle(self) -> list[RunState | None]:
+        """How the runs that need no further training came out, None for the others; moves changed
+        ones aside where that was asked for.
 
         Raises:
             RunError: where a run cannot be kept in its folder.

@@ -174,18 +174,18 @@ def test_what_cannot_be_shared_out(store: Path, tmp_path: Path) -> None:
         go(streams=999, batch_tokens=999)
     assert not list(tmp_path.iterdir())
     go()
-    with pytest.raises(RunError, match=r"begun with 1 processes.* divisor of that number, found 2"):
+    with pytest.raises(RunError, match=r"begun with --nproc 1; .* divisor of it, found 2"):
         go(Two(), resume=True)
     assert go(resume=True).runs[0].status == "done"
 
 
 def test_more_processes_than_the_machine_has_room_for() -> None:
     check_processes(cores(), "cpu")
-    with pytest.raises(ValueError, match=f"expected at most {cores()}, the number of cores"):
+    with pytest.raises(ValueError, match=f"expected at most {cores()}, a core here"):
         check_processes(cores() + 1, "cpu")
-    with pytest.raises(ValueError, match=r"expected at most .* the number of GPUs"):
+    with pytest.raises(ValueError, match="1000 processes: expected at most"):
         check_processes(1000, "cuda")
-    with pytest.raises(ValueError, match="found --device cuda:1: give cuda"):
+    with pytest.raises(ValueError, match=r"--device cuda:1: .* give cuda"):
         check_processes(2, "cuda:1")
 
 
@@ -221,7 +221,7 @@ def test_how_the_command_ends(
     assert all(word in result.stderr for word in words)
     assert bool(result.stderr) == bool(words)
     assert [count for _, count, _ in started] == [2]
-    refused(routesae(*command, "--nproc", 3), "--nproc 3", "at most 2")
+    refused(routesae(*command, "--nproc", 3), "3 processes", "at most 2")
     for name, value in environment(0, 2, 1).items():
         monkeypatch.setenv(name, value)
     refused(routesae(*command, "--nproc", 2), "torchrun did already")

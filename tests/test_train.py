@@ -67,6 +67,8 @@ def test_a_run_is_a_directory_that_says_all(reader: StoreReader, tmp_path: Path)
     sae, run_config = load_run(folder)
     assert run_config.store_spec == reader.spec.to_dict()
     assert RunConfig.from_dict(json.loads(json.dumps(run_config.to_dict()))) == run_config
+    older = {key: value for key, value in run_config.to_dict().items() if key != "streams"}
+    assert RunConfig.from_dict(older) == run_config
     torch.testing.assert_close(sae.direction_FD().norm(dim=-1), torch.ones(64))
 
 
