@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from cli.console import bar, count, err, out
 from cli.evaluate import SplitKind
 from cli.layer_table import layer_table
-from cli.options import Device, StoreArgument, pick_device
+from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,8 +61,12 @@ def contexts(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens at a time.")] = 2048,
     device: Device = "auto",
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Find the text that each latent is active in, from the store and its tokenizer alone."""
+    cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Opening the store"):
         from routesae_cache.contexts.contexts import ContextsConfig, mine_contexts
         from stores.reader import StoreReader
@@ -78,9 +83,13 @@ def contexts(
             delphi=other_format is FormatKind.delphi,
             model=model,
             batch_tokens=batch_tokens,
-            device=pick_device(device),
+            device=cluster.device if cluster else pick_device(device),
         )
         reader = StoreReader(store)
+        if cluster is not None:
+            from routesae_cache.ray_contexts import mine_on_ray
+
+            mine_contexts = partial(mine_on_ray, cluster=cluster)
     with bar("Mining") as update:
         mined = mine_contexts(
             reader, runs, config, lambda done, total: update(completed=done, total=total)

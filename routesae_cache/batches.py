@@ -61,6 +61,10 @@ class BatchConfig:
     """The chunks are dealt out to so many, in turn; each is shuffled by itself."""
     own: tuple[int, ...] = (0,)
     """The streams to read; a batch has equally many tokens of each, one after the other."""
+    chunks: tuple[int, ...] | None = None
+    """Of the split, in order; None: all of it."""
+    within_chunks: bool = False
+    """Each batch is of one chunk, so that a chunk gives the same batches by itself."""
 
     def __post_init__(self) -> None:
         if self.batch_tokens < 1 or self.epochs < 1:
@@ -92,7 +96,8 @@ class BatchSource:
         self._reader, self._config = reader, config
         self._wanted = reader.spec.positions(config.layers)
         self._positions = reader.spec.codec.required(self._wanted)
-        self._chunks = reader.chunks(config.split)
+        chunks = reader.chunks(config.split)
+        self._chunks = chunks if config.chunks is None else list(config.chunks)
         self._counts = {chunk: self._count(chunk) for chunk in self._chunks}
         self.tokens = config.streams * self._shortest()
         """Tokens over all epochs and streams, each stream cut to the length of the shortest."""
@@ -108,6 +113,8 @@ class BatchSource:
         split: Split,
         batch_tokens: int,
         device: str = "cpu",
+        chunks: tuple[int, ...] | None = None,
+        within_chunks: bool = False,
     ) -> BatchSource:
         """Every token of a split once, as the store has them, not normalised."""
         config = BatchConfig(
@@ -118,10 +125,13 @@ class BatchSource:
             shuffle=False,
             drop_last=False,
             device=device,
+            chunks=chunks,
+            within_chunks=within_chunks,
         )
         return cls(reader, config)
 
     def __len__(self) -> int:
+        assert not self._config.within_chunks
         own_tokens = self.tokens // self._config.streams * len(self._config.own)
         full, rest = divmod(own_tokens, self._config.batch_tokens)
         return full + (rest > 0 and not self._config.drop_last)
@@ -190,6 +200,8 @@ class BatchSource:
 
     def _group_chunks(self) -> int:
         """Chunks whose codes are in memory together."""
+        if self._config.within_chunks:
+            return 1
         return min(max(1, _GROUP_TOKENS // self._chunk_tokens()), len(self._chunks))
 
     def _chunk_tokens(self) -> int:
@@ -265,6 +277,11 @@ class BatchSource:
                     yield _batch(ring[number % len(ring)], row_N, position_N)
                     row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
                     number, filled = number + 1, 0
+            if filled and self._config.within_chunks:
+                part = slice(filled)
+                yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])
+                row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
+                number, filled = number + 1, 0
         if filled and not self._config.drop_last:
             part = slice(filled)
             yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])

@@ -113,6 +113,17 @@ def test_unshuffled_is_in_the_order_of_the_store(reader: StoreReader) -> None:
     assert keys(got) == sorted(all_tokens(reader, (1,), "eval"))
 
 
+def test_chunks_by_themselves_give_the_batches_of_all(reader: StoreReader) -> None:
+    order = {"shuffle": False, "drop_last": False, "within_chunks": True}
+    chunks = reader.chunks("train")
+    whole = collect(reader, **order)
+    parts = [collect(reader, chunks=(chunk,), **order) for chunk in chunks]
+    assert [len(part) for part in parts] == [2] * len(chunks)  # of 60 tokens
+    for a, b in zip(whole, [batch for part in parts for batch in part], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert len(torch.cat([rows for _, rows, _ in whole])) == len(all_tokens(reader, (1,), "train"))
+
+
 def test_stops_reading_when_left_early(reader: StoreReader) -> None:
     source = BatchSource(reader, BatchConfig(layers=(1,), batch_tokens=8, epochs=50))
     with source.batches() as batches:

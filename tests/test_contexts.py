@@ -14,16 +14,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from routesae_cache import ray_contexts
 from routesae_cache.checkpoint import load_run
 from routesae_cache.contexts import activation_files
 from routesae_cache.contexts.contexts import ContextsConfig, Mined, auto_threshold, mine_contexts
 from routesae_cache.contexts.text import CLOSE, OPEN, StoreText
 from routesae_cache.json_files import read_json
 from routesae_cache.origin import origin_tokenizer
+from routesae_cache.ray_pool import RayConfig
 from routesae_cache.train import TrainConfig, train
 from stores.reader import StoreReader
 from tests.command_helpers import routesae
 from tests.pipeline_helpers import all_tokens, config, fail_at, run, topk
+from tests.ray_helpers import without_ray
 
 LAYERS = (1, 2, 3)
 SAES = {
@@ -300,6 +303,49 @@ def test_batches_do_not_matter(
         assert {latent: set(types) for latent, types in first.items()} == {
             latent: set(types) for latent, types in second.items()
         }
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_chunks_shared_out_give_the_same_files(
+    mined: dict[str, Mined],
+    reader: StoreReader,
+    runs: dict[str, Path],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_ray(monkeypatch, ray_contexts)
+    monkeypatch.setattr(activation_files, "_GROUP_ROWS", 333)
+    expected = mined["fixed"].contexts.parent
+    options = ContextsConfig(
+        out=tmp_path / "c",
+        threshold=THRESHOLD,
+        thresholds=THRESHOLDS,
+        delphi=True,
+        model=str(tiny_model_dir),
+        batch_tokens=100,
+        **RULE,
+    )
+    seen: list[tuple[int, int]] = []
+    found = ray_contexts.mine_on_ray(
+        reader,
+        list(runs.values()),
+        options,
+        lambda done, total: seen.append((done, total)),
+        cluster=RayConfig(address="local", workers=3),
+    )
+    assert [one.summary for one in found] == [mined[name].summary for name in runs]
+    assert [one.strongest for one in found] == [mined[name].strongest for name in runs]
+    assert files_of(tmp_path / "c") == files_of(expected)
+    assert seen[-1] == (found[0].tokens, found[0].tokens)
+    assert all(done <= total for done, total in seen)
 
 
 def test_delphi(mined: dict[str, Mined], reader: StoreReader) -> None:

@@ -181,10 +181,44 @@ def test_tally(batches: list[list[Pair]]) -> None:
     for latent in range(LATENTS):
         values = [pair.value for pair in pairs if pair.latent == latent and pair.value > 2]
         assert tally.count_F[latent] == len(values)
-        assert tally.sum_F[latent] == sum(values)
         assert tally.max_F[latent] == max(values, default=tally.max_F[latent])
         by_layer = [len(values) if layer == LAYERS[latent % 3] else 0 for layer in LAYERS]
         assert tally.layers_FL[latent].tolist() == by_layer
+
+
+@given(passes(), st.integers(1, 3), st.integers(1, 4), st.integers(0, 9))
+def test_merged_parts_are_as_one_pass(
+    batches: list[list[Pair]], per_token: int, max_types: int, cut: int
+) -> None:
+    """Also where a part numbers its types in another way."""
+    renumbered = np.random.default_rng(cut).permutation(TYPES)
+
+    def empty() -> tuple[StrongestFew, Tally]:
+        few = StrongestFew(LATENTS, THRESHOLDS, per_token=per_token, max_token_types=max_types)
+        return few, Tally(LATENTS, LAYERS, 2.0, THRESHOLDS)
+
+    (whole, total), (merged, sums) = empty(), empty()
+    for index in range(0, len(batches), cut + 1):
+        part, counts = empty()
+        for batch in batches[index : index + cut + 1]:
+            found = activations(batch)
+            whole.add(found)
+            known_P = found.type_P != NO_TYPE
+            types_P = np.where(known_P, renumbered[found.type_P], NO_TYPE)
+            part.add(found._replace(type_P=types_P))
+            above = found.take(found.value_P > THRESHOLDS[0])
+            total.add(above)
+            counts.add(above)
+        merged.merge(part, np.argsort(renumbered))
+        sums.merge(counts)
+    every = np.arange(LATENTS)
+    for threshold in THRESHOLDS:
+        assert merged.contexts_F(threshold).tolist() == whole.contexts_F(threshold).tolist()
+        expected = pairs_of(whole.strongest(threshold, every))
+        assert pairs_of(merged.strongest(threshold, every)) == expected
+    assert sums.activations == total.activations
+    for name in ("max_F", "count_F", "layers_FL"):
+        np.testing.assert_array_equal(getattr(sums, name), getattr(total, name))
 
 
 def test_tally_without_layers() -> None:

@@ -57,7 +57,7 @@ class ActivationFile:
 
     def close(self) -> None:
         """Write what waits and the file's end."""
-        self._write()
+        self._write(last=True)
         self._writer.close()
 
     def abandon(self) -> None:
@@ -66,11 +66,20 @@ class ActivationFile:
             self._writer.close()
         self._path.unlink(missing_ok=True)
 
-    def _write(self) -> None:
+    def _write(self, *, last: bool = False) -> None:
+        """Write whole groups, so that a file does not depend on how its rows came; `last`: all."""
         if not self._waiting:
             return
         found = joined(self._waiting)
+        for start in range(0, self._n_waiting, _GROUP_ROWS):
+            group = found.take(slice(start, start + _GROUP_ROWS))
+            if len(group.token_P) < _GROUP_ROWS and not last:
+                self._waiting, self._n_waiting = [group], len(group.token_P)
+                return
+            self._write_group(group)
         self._waiting, self._n_waiting = [], 0
+
+    def _write_group(self, found: Activations) -> None:
         row_P, position_P = np.divmod(found.token_P, self._context)
         layer_P = pa.array(found.layer_P, mask=found.layer_P == NO_LAYER)
         columns = [row_P, position_P, found.latent_P]
@@ -132,6 +141,8 @@ class Histograms(NamedTuple):
     edges_HB: NDArray[np.float64]
     """From the threshold to the latent's largest value, one more than bins."""
     counts_HB: Ints
+    sum_H: NDArray[np.float64]
+    """Of all values, added in the file's order."""
 
 
 def histograms(
@@ -142,12 +153,13 @@ def histograms(
     index_F = np.full(len(max_F), -1)
     index_F[latents] = np.arange(len(latents))
     scale_H = bins / (edges_HB[:, -1] - threshold)
-    counts = np.zeros(len(latents) * bins, np.int64)
+    counts, sum_H = np.zeros(len(latents) * bins, np.int64), np.zeros(len(latents))
     for part in read_activations(path):
         index_P = index_F[part.latent_P]
         wanted = index_P >= 0
-        index_P = index_P[wanted]
-        bin_P = ((part.value_P[wanted] - threshold) * scale_H[index_P]).astype(np.int64)
+        index_P, value_P = index_P[wanted], part.value_P[wanted]
+        np.add.at(sum_H, index_P, value_P.astype(np.float64))
+        bin_P = ((value_P - threshold) * scale_H[index_P]).astype(np.int64)
         flat_P = index_P * bins + np.minimum(bin_P, bins - 1)
         counts += np.bincount(flat_P, minlength=len(counts))
-    return Histograms(edges_HB, counts.reshape(-1, bins))
+    return Histograms(edges_HB, counts.reshape(-1, bins), sum_H)

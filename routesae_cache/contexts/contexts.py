@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
-import torch
 
 from routesae_cache.batches import Batch, BatchSource
-from routesae_cache.contexts.activation_files import activation_file
+from routesae_cache.contexts.activation_files import ActivationFile, activation_file
 from routesae_cache.contexts.delphi_cache import split_rows, write_delphi
-from routesae_cache.contexts.mining import (
-    NO_LAYER,
-    Activations,
-    Floats,
-    Ints,
-    StrongestFew,
-    Tally,
-    float32_at_most,
-    strongest_layer_of_each,
-)
+from routesae_cache.contexts.findings import Findings
+from routesae_cache.contexts.mining import Ints
 from routesae_cache.contexts.records import (
     Summary,
     context_records,
@@ -35,8 +26,6 @@ from routesae_cache.contexts.records import (
 )
 from routesae_cache.contexts.text import StoreText
 from routesae_cache.origin import origin_tokenizer
-from routesae_cache.saes.config import SaeConfig
-from routesae_cache.saes.output import DenseLatents, FlatLatents, Latents, RowLatents
 from routesae_cache.trained import Residuals, TrainedSae, layers_read
 from stores.reader import StoreReader
 from stores.spec import Split
@@ -122,96 +111,119 @@ def mine_contexts(
     incomplete split, and ValueError for runs of the same name and for SAEs that `auto` is not
     meant for.
     """
-    saes = [TrainedSae(run, reader.spec, device=config.device) for run in runs]
-    _check(saes, config)
-    layers = layers_read(sae.config for sae in saes)
-    source = BatchSource.in_order(
-        reader,
-        layers,
-        split=config.split,
-        batch_tokens=config.batch_tokens,
-        device=config.device,
-    )
-    text = StoreText(reader, origin_tokenizer(reader.spec, model=config.model))
-    config.out.mkdir(parents=True, exist_ok=True)
-    done = 0
-    with ExitStack() as files:
-        miners = [_Miner(sae, reader, config, files) for sae in saes]
-        with source.batches() as batches:
-            for batch in batches:
-                token_N = _token_N(batch, reader.spec.context)
-                type_N = text.types(token_N)
-                residuals = Residuals(batch.x_NLD, layers)
-                for miner in miners:
-                    miner.add(residuals, token_N, type_N)
-                done += len(residuals)
-                progress(done, source.tokens)
-    return [miner.result(text, done) for miner in miners]
+    mining = Mining(reader, runs, config)
+    with mining.files() as files:
+        findings = mining.findings()
+        mining.mine(None, findings, files, progress)
+    return mining.results(findings)
 
 
-class _Miner:
-    """The contexts of one SAE, while the pass goes on."""
+class Mining:
+    """The contexts of several SAEs, found in all chunks of a split or in some at a time.
 
-    def __init__(
-        self, sae: TrainedSae, reader: StoreReader, config: ContextsConfig, files: ExitStack
-    ) -> None:
-        self._sae, self._reader, self._config = sae, reader, config
+    Raises what `mine_contexts` does.
+    """
+
+    def __init__(self, reader: StoreReader, runs: Sequence[Path], config: ContextsConfig) -> None:
+        self.reader, self.config = reader, config
+        self._saes = [TrainedSae(run, reader.spec, device=config.device) for run in runs]
+        _check(self._saes, config)
+        self._layers = layers_read(sae.config for sae in self._saes)
+        self.tokens = self._source(None).tokens
+        """In the split."""
+        self.text = StoreText(reader, origin_tokenizer(reader.spec, model=config.model))
         automatic = auto_threshold(reader.spec.width)
         self._threshold = automatic if config.threshold is None else config.threshold
         others = config.thresholds or [share * self._threshold for share in _SHARES]
         self._thresholds = sorted({self._threshold, *others})
-        latents, self._layers = sae.config.sae.latents, sae.config.sae.layers
-        self._has_layers = _reads_single_layers(sae.config.sae)
-        self._tally = Tally(latents, self._layers, self._threshold, self._thresholds)
-        self._few = StrongestFew(
-            latents,
-            self._thresholds,
-            per_token=config.per_token,
-            max_token_types=config.max_token_types,
-        )
-        self._folder = config.out / f"{sae.config.name}_{self._threshold:g}"
-        self._activations = self._folder / "activations.parquet"
-        self._file = files.enter_context(activation_file(self._activations, reader.spec.context))
-        self._strongest = -math.inf
+        names = [f"{sae.config.name}_{self._threshold:g}" for sae in self._saes]
+        self._folders = [config.out / name for name in names]
 
-    def add(self, residuals: Residuals, token_N: Ints, type_N: Ints) -> None:
-        """Add a batch."""
-        output = self._sae(residuals.seen_by(self._sae.config).x)
-        above = _above(output.latents, float(float32_at_most(self._thresholds[0])))
-        self._strongest = max(self._strongest, above.strongest)
-        vectors = above.rows // len(token_N)
-        index_P = above.row_P // vectors
-        layer_P = np.full(len(index_P), NO_LAYER, np.int16)
-        if self._has_layers:
-            assert output.layer_M is not None
-            layer_M = np.array(self._layers, np.int16)[output.layer_M.cpu().numpy()]
-            layer_P = layer_M[above.row_P]
-        found = Activations(
-            token_N[index_P], above.latent_P, above.value_P, layer_P, type_N[index_P]
-        )
-        self._tally.add(found)
-        self._file.add(found.take(found.value_P > float32_at_most(self._threshold)))
-        self._few.add(strongest_layer_of_each(found) if vectors > 1 else found)
+    def findings(self) -> list[Findings]:
+        """Nothing yet, for each SAE."""
+        return [
+            Findings(
+                sae.config.sae,
+                self._threshold,
+                self._thresholds,
+                per_token=self.config.per_token,
+                max_token_types=self.config.max_token_types,
+            )
+            for sae in self._saes
+        ]
 
-    def result(self, text: StoreText, tokens: int) -> Mined:
-        """Write what was found, once the file of activations is whole."""
-        config, run, spec = self._config, self._sae.config, self._reader.spec
-        summary = summarise(
-            self._tally, self._few, min_contexts=config.min_contexts, layers=self._has_layers
+    @contextmanager
+    def files(self, folder: Path | None = None) -> Iterator[list[ActivationFile]]:
+        """The files of the SAEs' activations; in another folder those of a part."""
+        if folder is None:
+            self.config.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(activation_file(path, self.reader.spec.context))
+                for path in self.activations(folder)
+            ]
+
+    def activations(self, folder: Path | None = None) -> list[Path]:
+        """Where `files` are."""
+        folders = [folder / own.name if folder else own for own in self._folders]
+        return [own / "activations.parquet" for own in folders]
+
+    def mine(
+        self,
+        chunks: tuple[int, ...] | None,
+        findings: Sequence[Findings],
+        files: Sequence[ActivationFile],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Add what is found in some chunks of the split, or in all; their order is the store's."""
+        source, done = self._source(chunks), 0
+        with source.batches() as batches:
+            for batch in batches:
+                token_N = _token_N(batch, self.reader.spec.context)
+                type_N = self.text.types(token_N)
+                residuals = Residuals(batch.x_NLD, self._layers)
+                for sae, found, file in zip(self._saes, findings, files, strict=True):
+                    output = sae(residuals.seen_by(sae.config).x)
+                    file.add(found.add(output, token_N, type_N))
+                done += len(residuals)
+                progress(done, source.tokens)
+
+    def results(self, findings: Sequence[Findings]) -> list[Mined]:
+        """Write what was found, once the files of activations are whole."""
+        return [
+            self._result(sae, found, folder)
+            for sae, found, folder in zip(self._saes, findings, self._folders, strict=True)
+        ]
+
+    def _source(self, chunks: tuple[int, ...] | None) -> BatchSource:
+        return BatchSource.in_order(
+            self.reader,
+            self._layers,
+            split=self.config.split,
+            batch_tokens=self.config.batch_tokens,
+            device=self.config.device,
+            chunks=chunks,
+            within_chunks=True,
         )
-        delphi = self._folder / "delphi" if config.delphi else None
+
+    def _result(self, sae: TrainedSae, found: Findings, folder: Path) -> Mined:
+        config, run, spec = self.config, sae.config, self.reader.spec
+        tally, few, activations = found.tally, found.few, folder / "activations.parquet"
+        layers = found.has_layers
+        summary = summarise(tally, few, min_contexts=config.min_contexts, layers=layers)
+        delphi = folder / "delphi" if config.delphi else None
         if delphi is not None:
-            counts = (self._tally.layers_FL, self._tally.count_F)
-            write_delphi(delphi, self._activations, self._reader, config.split, run.sae, *counts)
-        contexts_F = self._few.contexts_F(self._threshold)
+            counts = (tally.layers_FL, tally.count_F)
+            write_delphi(delphi, activations, self.reader, config.split, run.sae, *counts)
+        contexts_F = few.contexts_F(self._threshold)
         latents = np.flatnonzero(contexts_F >= config.min_contexts)
         head = {
             "kind": "contexts",
-            "run": str(self._sae.run),
+            "run": str(sae.run),
             "name": run.name,
-            "store": str(self._reader.path),
+            "store": str(self.reader.path),
             "split": config.split,
-            "tokens": tokens,
+            "tokens": self.tokens,
             "total_latents": len(latents),
             "threshold": self._threshold,
             "max_length": config.max_tokens,
@@ -222,73 +234,32 @@ class _Miner:
             "summary": dataclasses.asdict(summary),
         }
         maps = {
-            "latents": latent_records(
-                self._tally, latents, self._activations, layers=self._has_layers
-            ),
+            "latents": latent_records(tally, latents, activations, layers=layers),
             "latent_context_map": context_records(
-                self._few.strongest(self._threshold, latents),
-                text,
+                few.strongest(self._threshold, latents),
+                self.text,
                 context=spec.context,
                 max_tokens=config.max_tokens,
             ),
         }
-        contexts = self._folder.with_name(self._folder.name + ".json")
+        contexts = folder.with_name(folder.name + ".json")
         write_record(contexts, head, maps)
         return Mined(
-            run=self._sae.run,
+            run=sae.run,
             name=run.name,
             threshold=self._threshold,
-            tokens=tokens,
-            strongest=self._strongest,
+            tokens=self.tokens,
+            strongest=found.strongest,
             summary=summary,
             contexts=contexts,
-            activations=self._activations,
+            activations=activations,
             delphi=delphi,
         )
-
-
-class _Above(NamedTuple):
-    """The active pairs above a threshold."""
-
-    row_P: Ints
-    latent_P: Ints
-    value_P: Floats
-    rows: int
-    """Coded vectors that were looked at."""
-    strongest: float
-    """The largest value of all."""
-
-
-def _above(latents: Latents, level: float) -> _Above:
-    """What `pairs` gives, above a threshold: the many others are left where they are."""
-    match latents:
-        case RowLatents(index_MK, value_MK):
-            row_P, slot_P = torch.nonzero(value_MK > level, as_tuple=True)
-            values, rows = value_MK, len(value_MK)
-            index_P, value_P = index_MK[row_P, slot_P], value_MK[row_P, slot_P]
-        case DenseLatents(value_MF):
-            row_P, index_P = torch.nonzero(value_MF > level, as_tuple=True)
-            values, rows, value_P = value_MF, len(value_MF), value_MF[row_P, index_P]
-        case FlatLatents(row_P, index_P, values, rows):
-            keep_P = values > level
-            row_P, index_P, value_P = row_P[keep_P], index_P[keep_P], values[keep_P]
-    return _Above(
-        row_P.cpu().numpy(),
-        index_P.cpu().numpy(),
-        value_P.cpu().numpy(),
-        rows,
-        float(values.max()) if values.numel() else -math.inf,
-    )
 
 
 def _token_N(batch: Batch, context: int) -> Ints:
     token_N: Ints = (batch.row_N * context + batch.position_N).cpu().numpy()
     return token_N
-
-
-def _reads_single_layers(sae: SaeConfig) -> bool:
-    """Whether each of its latents' values comes from one layer."""
-    return sae.selector != "all" and sae.hard
 
 
 def _check(saes: Sequence[TrainedSae], config: ContextsConfig) -> None:

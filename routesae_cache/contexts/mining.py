@@ -40,8 +40,8 @@ class Activations(NamedTuple):
         """One number for each latent and type."""
         return (self.latent_P << _TYPE_BITS) | self.type_P
 
-    def take(self, which: NDArray[np.bool_] | Ints) -> Activations:
-        """Some of the pairs, by mask or index."""
+    def take(self, which: NDArray[np.bool_] | Ints | slice) -> Activations:
+        """Some of the pairs, by mask, index or range."""
         return Activations(
             self.token_P[which],
             self.latent_P[which],
@@ -114,6 +114,19 @@ class StrongestFew:
         if self._n_waiting >= max(_LEAST_WAITING, len(self._kept.token_P)):
             self._sort_in()
 
+    def merge(self, later: StrongestFew, types: Ints) -> None:
+        """Add all that another one was given, of later tokens than all before.
+
+        Args:
+            types: the number here of each of its types.
+        """
+        self._sort_in()
+        later._sort_in()
+        np.maximum(self._floor_F, later._floor_F, out=self._floor_F)
+        self._kept = self._kept.take(self._kept.value_P > self._floor_F[self._kept.latent_P])
+        # not ordered by token, but those that may be equal, of one latent and type, are
+        self.add(later._kept._replace(type_P=types[later._kept.type_P]))
+
     def contexts_F(self, threshold: float) -> Ints:
         """How many activations of each latent are kept above one of the thresholds.
 
@@ -183,7 +196,7 @@ class Tally:
     """Counts of the activations of one SAE, added up batch by batch.
 
     `activations`: how many there were above each threshold. `max_F`: each latent's strongest.
-    Above the main threshold, for each latent `count_F`, `sum_F` and, by layer, `layers_FL`.
+    Above the main threshold, for each latent `count_F` and, by layer, `layers_FL`.
 
     Args:
         latents: how many there are.
@@ -201,7 +214,6 @@ class Tally:
         self._column[list(layers)] = np.arange(len(layers))
         self.activations = dict.fromkeys(thresholds, 0)
         self.max_F = np.zeros(latents, np.float32)
-        self.sum_F = np.zeros(latents)
         self.layers_FL = np.zeros((latents, len(layers)), np.int64)
         self.count_F = np.zeros(latents, np.int64)
 
@@ -212,11 +224,18 @@ class Tally:
             self.activations[threshold] += int(np.count_nonzero(above_P))
         np.maximum.at(self.max_F, found.latent_P, found.value_P)
         above = found.take(found.value_P > self._level)
-        np.add.at(self.sum_F, above.latent_P, above.value_P.astype(np.float64))
         np.add.at(self.count_F, above.latent_P, 1)
         column_P = self._column[above.layer_P]
         known = column_P >= 0
         np.add.at(self.layers_FL, (above.latent_P[known], column_P[known]), 1)
+
+    def merge(self, other: Tally) -> None:
+        """Add the counts of another one, of the same SAE."""
+        for threshold, count in other.activations.items():
+            self.activations[threshold] += count
+        np.maximum(self.max_F, other.max_F, out=self.max_F)
+        self.count_F += other.count_F
+        self.layers_FL += other.layers_FL
 
     def latents_activated(self, threshold: float) -> int:
         """Latents with an activation above it."""

@@ -84,13 +84,13 @@ def latent_records(
     found = histograms(
         activations, latents, threshold=tally.threshold, max_F=tally.max_F, bins=_BINS
     )
-    for latent, edges, counts in zip(latents.tolist(), *found, strict=True):
+    for latent, edges, counts, total in zip(latents.tolist(), *found, strict=True):
         yield (
             latent,
             {
                 "activations": int(tally.count_F[latent]),
                 "max": _shortest(tally.max_F[latent]),
-                "mean": float(tally.sum_F[latent] / tally.count_F[latent]),
+                "mean": float(total / tally.count_F[latent]),
                 "layers": _nonzero(tally.layers, tally.layers_FL[latent]) if layers else None,
                 "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             },
@@ -101,6 +101,8 @@ def context_records(
     kept: Activations, text: StoreText, *, context: int, max_tokens: int
 ) -> Iterator[tuple[int, dict[str, list[Record]]]]:
     """Latents, ascending, and for each type of token its contexts, the strongest first.
+
+    Types with equally strong ones are in the order of their names.
 
     Args:
         kept: as `StrongestFew.strongest` orders them.
@@ -122,7 +124,9 @@ def context_records(
                 "last": last,
             }
             types.setdefault(text.type_names[type_number], []).append(entry)
-        strongest_first = sorted(types.items(), key=lambda item: -item[1][0]["activation"])
+        strongest_first = sorted(
+            types.items(), key=lambda item: (-item[1][0]["activation"], item[0])
+        )
         yield latent, dict(strongest_first)
 
 

@@ -60,6 +60,10 @@ class StoreText:
         """
         return self._vocabulary.type_names
 
+    def numbers_of(self, names: list[str]) -> Ints:
+        """The number here of each of another store text's types, by their names."""
+        return np.array([self._vocabulary.number_of(name) for name in names], np.int64)
+
     def types(self, token_N: Ints) -> Ints:
         """The type of each token; NO_TYPE where an end of the row cuts its character.
 
@@ -210,7 +214,10 @@ class _Vocabulary:
         return self._types_of_bytes[content]
 
     def _type_of(self, text: str) -> int:
-        name = text.lower().strip()
+        return self.number_of(text.lower().strip())
+
+    def number_of(self, name: str) -> int:
+        """The number of a type, a new one where there is none of that name."""
         if name not in self._types:
             self._types[name] = len(self.type_names)
             self.type_names.append(name)
