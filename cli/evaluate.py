@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,17 @@ from rich.markup import escape
 
 from cli.console import bar, err, layer_name, out
 from cli.evaluation_tables import evaluation_tables
-from cli.options import Device, StoreArgument, pick_device
+from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from routesae_cache.evaluate import EvaluateConfig
+    from routesae_cache.metrics import Spliced
+    from routesae_cache.ray_pool import RayConfig
     from routesae_cache.splicing.evaluate import SplicedConfig
+    from routesae_cache.trained import TrainedSae
+    from stores.reader import StoreReader
 
 
 class SplitKind(StrEnum):
@@ -94,8 +99,15 @@ def evaluate(
         ),
     ] = False,
     device: Device = "auto",
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
-    """Measure reconstruction on held-out tokens from the store; with --spliced in the model."""
+    """Measure reconstruction on held-out tokens from the store; with --spliced in the model.
+
+    --ray shares out what --spliced measures, which takes nearly all of the time.
+    """
+    cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Opening the store and the runs"):
         from routesae_cache.evaluate import (
             EvaluateConfig,
@@ -104,7 +116,6 @@ def evaluate(
             load_saes,
         )
         from routesae_cache.json_files import write_json
-        from routesae_cache.splicing.evaluate import check_spliceable, evaluate_spliced
         from routesae_cache.trained import ReadingRule
         from stores.reader import StoreReader
 
@@ -119,39 +130,23 @@ def evaluate(
         )
         asked = {"model": model, "rows": rows, "ablation": ablation}
         asked |= {"splice_scale": splice_scale, "at_layer": at_layer}
-        asked |= {"skip_refused": skip_refused or None}
+        asked |= {"skip_refused": skip_refused or None, "ray": ray}
         splicing = _splice_config(spliced, config, asked)
         reader = StoreReader(store)
         chosen = _spliceable(runs, splicing, skip_refused) if splicing else []
         saes = load_saes(reader.spec, runs, config)
-    if chosen:
-        with err.status("Loading the model"):
-            from routesae_cache.kernels import keep_freed_memory
-            from routesae_cache.origin import origin_lm
-
-            keep_freed_memory()
-            lm = origin_lm(reader.spec, model=model, device=config.device)
+    picked = [sae for sae in saes if sae.run in chosen]
+    found: list[Spliced] = []
+    if splicing and picked:
+        found = _splice(reader, picked, splicing, model, config.device, cluster)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
     with bar("Evaluating") as update:
         results = evaluate_saes(
             reader, saes, config, lambda done, total: update(completed=done, total=total)
         )
-    if splicing and chosen:
-        picked = [sae for sae in saes if sae.run in chosen]
-        passes = check_spliceable([sae.config for sae in picked], splicing)
-        with bar(f"Splicing, {passes} passes a row") as update:
-            found = evaluate_spliced(
-                reader,
-                lm,
-                picked,
-                splicing,
-                lambda done, total: update(completed=done, total=total),
-            )
-        by_run = {sae.run: one for sae, one in zip(picked, found, strict=True)}
-        results = [
-            dataclasses.replace(result, spliced=by_run.get(result.run)) for result in results
-        ]
+    by_run = {sae.run: one for sae, one in zip(picked, found, strict=True)}
+    results = [dataclasses.replace(result, spliced=by_run.get(result.run)) for result in results]
     for table in evaluation_tables(results, reader.spec.model["name"]):
         out.print(table)
     for result in results:
@@ -164,6 +159,34 @@ def evaluate(
         record = evaluation_record(store, config.split, results)
         write_json(json_path, json.loads(json.dumps(record)))
         out.print(f"Results as JSON: {json_path}")
+
+
+def _splice(
+    reader: StoreReader,
+    saes: Sequence[TrainedSae],
+    splicing: SplicedConfig,
+    model: str | None,
+    device: str,
+    cluster: RayConfig | None,
+) -> list[Spliced]:
+    """Measure SAEs in the model, here or on a cluster."""
+    from routesae_cache.splicing.evaluate import check_spliceable, evaluate_spliced
+
+    passes = check_spliceable([sae.config for sae in saes], splicing)
+    if cluster is not None:
+        from routesae_cache.ray_splicing import splice_on_ray
+
+        measure = partial(splice_on_ray, reader, model, saes, splicing, cluster=cluster)
+    else:
+        with err.status("Loading the model"):
+            from routesae_cache.kernels import keep_freed_memory
+            from routesae_cache.origin import origin_lm
+
+            keep_freed_memory()
+            lm = origin_lm(reader.spec, model=model, device=device)
+        measure = partial(evaluate_spliced, reader, lm, saes, splicing)
+    with bar(f"Splicing, {passes} passes a row") as update:
+        return measure(lambda done, total: update(completed=done, total=total))
 
 
 def _spliceable(runs: Sequence[Path], splicing: SplicedConfig, skip_refused: bool) -> list[Path]:

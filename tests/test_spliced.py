@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from routesae_cache import ray_splicing
 from routesae_cache.lm import LanguageModel, ModelError
 from routesae_cache.metrics import Estimate, RowSums, Spliced, SplicedMetrics
 from routesae_cache.origin import origin_lm
+from routesae_cache.ray_pool import RayConfig
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.splicing import evaluate as spliced
 from routesae_cache.splicing import passes as passes_module
@@ -30,6 +32,7 @@ from stores.reader import StoreReader
 from stores.recode import recode
 from stores.stats import split_stats
 from tests.pipeline_helpers import config, run, topk
+from tests.ray_helpers import without_ray
 
 LAYERS = (1, 2, 3)
 SAES = {
@@ -359,7 +362,8 @@ def test_rows_without_a_counted_token_are_passed_over(
 
     monkeypatch.setattr(StoreReader, "rows", some_empty)
     options = {"batch_tokens": 2 * reader.spec.context, "device": torch.device("cpu")}
-    found = list(passes_module.row_batches(reader, "eval", at_most=7, **options))
+    parts = passes_module.first_rows(reader, "eval", 7)
+    found = list(passes_module.row_batches(reader, parts, **options))
     assert [(rows.chunk, rows.row_R, rows.through) for rows in found] == [(0, [2], 4), (1, [2], 7)]
     assert [rows.ids_RT.shape for rows in found] == [(1, 7), (1, 7)]
     assert found[0].counted_RT.tolist() == [[False] + [True] * 6]
@@ -378,6 +382,33 @@ def test_the_first_rows_alone(
     assert done[-1] == (3, 3)
     one = measure(reader, lm, saes["fixed"], rows=1)
     assert (one.rows, one.kl.se) == (1, None)
+
+
+def test_chunks_shared_out_give_the_same_figures(
+    reader: StoreReader,
+    lm: LanguageModel,
+    runs: dict[str, Path],
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_ray(monkeypatch, ray_splicing)
+    rules = [ReadingRule(infer_k=2 if name == "route" else None) for name in MEASURED]
+    chosen = [
+        TrainedSae(runs[name], reader.spec, rule=rule)
+        for name, rule in zip(MEASURED, rules, strict=True)
+    ]
+    settings = SplicedConfig(at_layer=2, rows=7, batch_tokens=48, ablation="mean")
+    done: list[tuple[int, int]] = []
+    found = ray_splicing.splice_on_ray(
+        reader,
+        str(tiny_model_dir),
+        chosen,
+        settings,
+        lambda *two: done.append(two),
+        cluster=RayConfig(address="local", workers=2),
+    )
+    assert found == evaluate_spliced(reader, lm, chosen, settings)
+    assert done[-1] == (7, 7)
 
 
 def test_reading_rules(reader: StoreReader, lm: LanguageModel, runs: dict[str, Path]) -> None:

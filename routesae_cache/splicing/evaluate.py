@@ -6,7 +6,7 @@ by, the original predictions, and the residuals at which the spliced passes begi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,15 @@ from routesae_cache.losses import Normalised
 from routesae_cache.metrics import Spliced, SplicedSums
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import SaeOutput
-from routesae_cache.splicing.passes import CleanPass, Passes, Splice, check_residuals, row_batches
+from routesae_cache.splicing.passes import (
+    ChunkRows,
+    CleanPass,
+    Passes,
+    Splice,
+    check_residuals,
+    first_rows,
+    row_batches,
+)
 from routesae_cache.splicing.predictions import compare_predictions
 from routesae_cache.trained import Residuals, TrainedSae, layers_read, reconstruction_MD
 from stores.reader import StoreReader
@@ -124,25 +132,68 @@ def evaluate_spliced(
         ValueError: as `check_spliceable`.
         ModelError: if the model's residuals are not those of the store.
     """
-    check_spliceable([sae.config for sae in saes], config)
-    evaluators = [_Evaluator(run, sae, config) for run, sae in enumerate(saes)]
-    layers = layers_read(sae.config for sae in saes)
-    passes = Passes(lm, layers, _fill_LD(reader, config.ablation))
-    batches = row_batches(
-        reader,
-        config.split,
-        at_most=config.rows,
-        batch_tokens=config.batch_tokens,
-        device=lm.device,
-    )
-    with torch.inference_mode():
-        for index, rows in enumerate(batches):
-            clean = passes.clean(rows)
-            if index == 0:
-                check_residuals(reader, lm, clean)
-            _measure(passes, clean, evaluators)
+    totals = [Total(run, sae.config, config) for run, sae in enumerate(saes)]
+    splicing = Splicing(reader, lm, saes, config)
+    parts = first_rows(reader, config.split, config.rows)
+    for found in splicing.measure(parts, progress):
+        for total, sums in zip(totals, found, strict=True):
+            total.add(sums)
+    return [total.result() for total in totals]
+
+
+class RowsSums(NamedTuple):
+    """Of R rows, with one SAE in C places; as `SplicedSums.add` has them."""
+
+    clean_R3: Tensor
+    kl_RC: Tensor
+    delta_RC: Tensor
+    ablated_RC: Tensor
+
+
+class Splicing:
+    """A model and the SAEs to put into it, for all rows of a split or some at a time.
+
+    Raises what `evaluate_spliced` does.
+    """
+
+    def __init__(
+        self,
+        reader: StoreReader,
+        lm: LanguageModel,
+        saes: Sequence[TrainedSae],
+        config: SplicedConfig,
+    ) -> None:
+        check_spliceable([sae.config for sae in saes], config)
+        self._reader, self._lm, self._config = reader, lm, config
+        self._evaluators = [_Evaluator(run, sae, config) for run, sae in enumerate(saes)]
+        layers = layers_read(sae.config for sae in saes)
+        self._passes = Passes(lm, layers, _fill_LD(reader, config.ablation))
+        self._checked = False
+
+    def measure(
+        self,
+        parts: Sequence[ChunkRows],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[list[RowsSums]]:
+        """The sums of each batch of rows, of each SAE; the first batch is held against the store.
+
+        A chunk's batches do not depend on the other chunks there are.
+        """
+        batches = row_batches(
+            self._reader,
+            parts,
+            batch_tokens=self._config.batch_tokens,
+            device=self._lm.device,
+        )
+        for rows in batches:
+            with torch.inference_mode():
+                clean = self._passes.clean(rows)
+                if not self._checked:
+                    check_residuals(self._reader, self._lm, clean)
+                    self._checked = True
+                found = _measure(self._passes, clean, self._evaluators)
+            yield found
             progress(rows.through, rows.total)
-    return [evaluator.result() for evaluator in evaluators]
 
 
 _Place = int | tuple[int, None]
@@ -162,7 +213,7 @@ def _fill_LD(reader: StoreReader, ablation: Ablation | None) -> Tensor:
     return fill_LD
 
 
-def _measure(passes: Passes, clean: CleanPass, evaluators: Sequence[_Evaluator]) -> None:
+def _measure(passes: Passes, clean: CleanPass, evaluators: Sequence[_Evaluator]) -> list[RowsSums]:
     """Splice every SAE into a batch and add up what that does; a layer is ablated once for all."""
     residuals = Residuals(clean.x_NLD, passes.layers)
     finals: list[Tensor] = []
@@ -177,8 +228,12 @@ def _measure(passes: Passes, clean: CleanPass, evaluators: Sequence[_Evaluator])
                 ablated[place] = len(finals)
                 finals.append(passes.ablated(clean, splice))
     sums = _sum_rows(passes.lm, clean, finals)
+    found = []
     for evaluator, mine in zip(evaluators, spliced, strict=True):
-        evaluator.add(sums, mine, [ablated[p] for p in evaluator.places if p in ablated])
+        without = [ablated[place] for place in evaluator.places if place in ablated]
+        columns = (sums.kl_RS[:, mine], sums.delta_RS[:, mine], sums.delta_RS[:, without])
+        found.append(RowsSums(sums.clean_R3, *columns))
+    return found
 
 
 class _Sums(NamedTuple):
@@ -211,13 +266,12 @@ def _sum_rows(lm: LanguageModel, clean: CleanPass, finals: Sequence[Tensor]) -> 
 
 
 class _Evaluator:
-    """Splices of one SAE, and the sums of what they do."""
+    """Splices of one SAE."""
 
     def __init__(self, run: int, sae: TrainedSae, config: SplicedConfig) -> None:
         self.sae, self._config = sae, config
         self.places = _places(run, sae.config, config.at_layer)
         self.ablated = config.ablation is not None
-        self._sums = SplicedSums(len(self.places), ablated=self.ablated)
 
     def splices(self, residuals: Residuals) -> list[Splice]:
         """One for each place."""
@@ -239,19 +293,27 @@ class _Evaluator:
         latents = coder.read(output.target_MD / output.scale_M[:, None], rule.infer_k, rule.theta)
         return output._replace(reconstruction_MD=coder.decode(latents), scale_M=None)
 
-    def add(self, sums: _Sums, spliced: list[int], ablated: list[int]) -> None:
-        """Add a batch's rows, of the passes that are this SAE's."""
-        kl_RC, delta_RC, ablated_RC = (
-            sums.kl_RS[:, spliced],
-            sums.delta_RS[:, spliced],
-            sums.delta_RS[:, ablated],
-        )
-        self._sums.add(sums.clean_R3, kl_RC, delta_RC, ablated_RC)
+
+class Total:
+    """What splicing one SAE does, added up over rows.
+
+    Args:
+        run: the number of the SAE among those that are measured together.
+    """
+
+    def __init__(self, run: int, sae: RunConfig, config: SplicedConfig) -> None:
+        self._sae, self._config = sae.sae, config
+        self._n_places = len(_places(run, sae, config.at_layer))
+        self._sums = SplicedSums(self._n_places, ablated=config.ablation is not None)
+
+    def add(self, sums: RowsSums) -> None:
+        """Add a batch; in the order of the rows, where sums are to be the same to the last bit."""
+        self._sums.add(*sums)
 
     def result(self) -> Spliced:
         """Divide; at least one batch was added."""
-        sae = self.sae.config.sae
-        layers = sae.layers if len(self.places) > 1 else ()
+        layers = self._sae.layers if self._n_places > 1 else ()
+        several = self._sae.selector in _SEVERAL_LAYERS
         return Spliced(
             **vars(self._sums.result()),
             rows=self._sums.rows,
@@ -259,6 +321,6 @@ class _Evaluator:
             scale=self._config.scale,
             ablation=self._config.ablation,
             ce=self._sums.ce(),
-            at_layer=self._config.at_layer if sae.selector in _SEVERAL_LAYERS else None,
+            at_layer=self._config.at_layer if several else None,
             per_layer={l: self._sums.result(i) for i, l in enumerate(layers)} or None,
         )

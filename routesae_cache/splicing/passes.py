@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -30,7 +31,7 @@ class Rows(NamedTuple):
     counted_RT: Tensor
     """Where residuals are replaced and predictions compared."""
     through: int
-    """Rows of the split that are done with once these are."""
+    """Rows that are done with once these are."""
     total: int
     """Rows there are to do."""
 
@@ -56,29 +57,35 @@ class Splice(NamedTuple):
     vector_ND: Tensor
 
 
-def row_batches(
-    reader: StoreReader,
-    split: Split,
-    *,
-    at_most: int | None,
-    batch_tokens: int,
-    device: torch.device,
-) -> Iterator[Rows]:
-    """The first rows of a split, in order; a batch never crosses a chunk.
+class ChunkRows(NamedTuple):
+    """The first rows of a chunk."""
 
-    Raises:
-        IncompleteStoreError: if chunks of the split are missing.
-    """
-    chunks = reader.chunks(split)
-    ranges = [reader.spec.chunk_range(chunk) for chunk in chunks]
-    total = sum(rows.stop - rows.start for rows in ranges)
-    total = total if at_most is None else min(total, at_most)
+    chunk: int
+    rows: int
+
+
+def first_rows(reader: StoreReader, split: Split, at_most: int | None) -> list[ChunkRows]:
+    """The first rows of a split, chunk by chunk; IncompleteStoreError if chunks are missing."""
+    found: list[ChunkRows] = []
+    left = math.inf if at_most is None else at_most
+    for chunk in reader.chunks(split):
+        part = reader.spec.chunk_range(chunk)
+        if n_rows := min(part.stop - part.start, left):
+            found.append(ChunkRows(chunk, int(n_rows)))
+        left -= n_rows
+    return found
+
+
+def row_batches(
+    reader: StoreReader, parts: Sequence[ChunkRows], *, batch_tokens: int, device: torch.device
+) -> Iterator[Rows]:
+    """Rows of some chunks, in order; a batch never crosses a chunk."""
+    total = sum(part.rows for part in parts)
     size = max(1, batch_tokens // reader.spec.context)
     through = 0
-    for chunk in chunks:
+    for chunk, n_rows in parts:
         rows = reader.rows(chunk)
         counted_RT = rows.counted_RT()
-        n_rows = min(len(counted_RT), total - through)
         for start in range(0, n_rows, size):
             row_R = np.arange(start, min(start + size, n_rows))
             through += len(row_R)

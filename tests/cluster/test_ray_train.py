@@ -138,7 +138,7 @@ def test_a_worker_and_a_node_are_killed(
 def test_stopped_and_gone_on_with(cluster: Cluster, reader: StoreReader, tmp_path: Path) -> None:
     """Ctrl-C in the command; the rest is done without Ray."""
     (tmp_path / "two.toml").write_text(
-        "[train]\nepochs = 300\nbatch_tokens = 16\nlatents = 64\nk = 4\ninit_bias = 'zero'\n"
+        "[train]\nepochs = 40\nbatch_tokens = 16\nlatents = 64\nk = 4\ninit_bias = 'zero'\n"
         '[[sae]]\nsae = "topk"\nlayer = [1, 3]\n'
     )
     given = [reader.path, tmp_path / "two.toml", "--out", tmp_path / "runs"]
@@ -153,8 +153,8 @@ def test_stopped_and_gone_on_with(cluster: Cluster, reader: StoreReader, tmp_pat
     assert "--resume" in shown
     assert all((folder / "checkpoint.safetensors").exists() for folder in folders)
     asked = [Asked(topk((layer,)), 42) for layer in (1, 3)]
-    whole = TrainConfig(out=tmp_path / "whole", epochs=300, batch_tokens=16)
-    cut = TrainConfig(out=tmp_path / "runs", epochs=300, batch_tokens=16, resume=True)
+    whole = TrainConfig(out=tmp_path / "whole", epochs=40, batch_tokens=16)
+    cut = TrainConfig(out=tmp_path / "runs", epochs=40, batch_tokens=16, resume=True)
     assert 0 < train(reader, asked, cut).tokens < train(reader, asked, whole).tokens
     assert outcome(tmp_path / "runs") == outcome(tmp_path / "whole")
     again = train_on_ray(  # there is nothing to do: no cluster is looked for
