@@ -1,4 +1,4 @@
-"""How long computing will take here."""
+"""What a model's forward pass takes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ import time
 
 import torch
 
-_FORWARD_EFFICIENCY = 0.45  # of a plain matrix product's rate, measured on the default model
+from routesae_cache.presets import ModelSizes
+
+FORWARD_EFFICIENCY = 0.45
+"""Of a plain matrix product's rate on a CPU, measured on the default model."""
+
+
+def forward_multiply_adds(sizes: ModelSizes, *, blocks: int, context: int) -> int:
+    """For each token of a forward pass cut after so many blocks.
+
+    One for every weight of a block, and 2 T D for the scores and the mixture of its attention,
+    masked pairs included. The embedding is looked up, the head is not run.
+    """
+    return blocks * (sizes.block_parameters + 2 * context * sizes.width)
 
 
 def forward_seconds(
-    *, blocks: int, block_parameters: int, context: int, width: int, device: str, dtype: str
+    sizes: ModelSizes, *, blocks: int, context: int, device: str, dtype: str
 ) -> float:
     """Seconds a token of a forward pass cut after so many blocks.
 
     Multiply-adds of the blocks, at the rate of a matrix product measured just now.
     """
-    multiply_adds = blocks * (block_parameters + 2 * context * width)
-    return multiply_adds / (multiply_adds_per_second(device, dtype) * _FORWARD_EFFICIENCY)
+    multiply_adds = forward_multiply_adds(sizes, blocks=blocks, context=context)
+    return multiply_adds / (multiply_adds_per_second(device, dtype) * FORWARD_EFFICIENCY)
 
 
 def multiply_adds_per_second(device: str, dtype: str) -> float:

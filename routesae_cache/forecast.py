@@ -9,9 +9,8 @@ from routesae_cache.devices import resolve_device
 from routesae_cache.estimate import forward_seconds, multiply_adds_per_second
 from routesae_cache.layers import default_layer, parse_layers
 from routesae_cache.lm import block_parameters, model_shape
-from routesae_cache.packing import step_latents
-from routesae_cache.presets import MODELS
-from routesae_cache.saes.config import SaeConfig
+from routesae_cache.presets import MODELS, ModelSizes
+from routesae_cache.saes.cost import training_multiply_adds
 from routesae_cache.saes.registry import SaeSpec
 from routesae_cache.sources import resolve_model
 from stores.codecs import ResidualCodec
@@ -49,41 +48,28 @@ def forecast(
         ValueError: for a model or layers that cannot be, or SAEs that do not fit them.
     """
     device = resolve_device(device)
-    blocks, width, parameters = _sizes(model)
-    kept = parse_layers(layers, blocks)
-    values = len(kept) * width
-    bits = codec.estimated_bits(len(kept), width)
+    sizes = model_sizes(model)
+    kept = parse_layers(layers, sizes.n_layers)
+    values = len(kept) * sizes.width
+    bits = codec.estimated_bits(len(kept), sizes.width)
     per_token = forward_seconds(
-        blocks=max(kept),
-        block_parameters=parameters,
-        context=context,
-        width=width,
-        device=device,
-        dtype=dtype,
+        sizes, blocks=max(kept), context=context, device=device, dtype=dtype
     )
-    configs = [
-        spec.config(store_layers=kept, auto_layer=default_layer(blocks), width=width)
-        for spec in saes
-    ]
+    auto = default_layer(sizes.n_layers)
+    configs = [spec.config(store_layers=kept, auto_layer=auto, width=sizes.width) for spec in saes]
+    products = training_multiply_adds(configs, sizes.width) * tokens * epochs
     return Forecast(
         store_bytes=int((tokens + eval_tokens) * values * bits / 8),
         harvest_seconds=(tokens + eval_tokens) * per_token,
-        train_seconds=tokens * epochs * training_seconds(configs, width=width, device=device),
+        train_seconds=products / multiply_adds_per_second(device, "float32"),
         saes=len(configs),
     )
 
 
-def training_seconds(saes: Sequence[SaeConfig], *, width: int, device: str) -> float:
-    """Seconds a token of one pass that trains all of these SAEs."""
-    products = sum(step_latents(sae) for sae in saes) * width
-    return products / multiply_adds_per_second(device, "float32")
-
-
-def _sizes(model: str) -> tuple[int, int, int]:
-    """Blocks, width, and weights of a block."""
+def model_sizes(model: str) -> ModelSizes:
+    """A preset's sizes; another model's from its configuration. ValueError where there is none."""
     if model in MODELS:
-        preset = MODELS[model]
-        return preset.n_layers, preset.width, preset.block_parameters
+        return MODELS[model].sizes
     source = resolve_model(model)
     shape = model_shape(source)
-    return shape.n_layers, shape.width, block_parameters(source)
+    return ModelSizes(shape.n_layers, shape.width, block_parameters(source))

