@@ -12,6 +12,7 @@ from cli.harvest import harvest
 from cli.import_reference import import_reference
 from cli.interpret import interpret
 from cli.pipeline import pipeline
+from cli.plan import plan
 from cli.report import report
 from cli.steer import steer
 from cli.store import info, recode, verify
@@ -37,6 +38,7 @@ app.command("interpret")(handled(interpret))
 app.command("steer")(handled(steer))
 app.command("report")(handled(report))
 app.command("pipeline")(handled(pipeline))
+app.command("plan")(handled(plan))
 app.command("export")(handled(export))
 app.command("import-reference")(handled(import_reference))
 store.command("info")(handled(info))

@@ -1,0 +1,105 @@
+"""What `routesae plan` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from cli.console import duration, size
+
+if TYPE_CHECKING:
+    from routesae_cache.plan import Plan, StagePlan
+    from routesae_cache.rates import Figure
+    from stores.codecs import ResidualCodec
+
+
+def plan_table(plan: Plan, gpu: str) -> Table:
+    """Every part of both stages, the bottleneck marked; bytes and money."""
+    table = _table(
+        f"A store of {size(plan.store_bytes)}, {plan.bits:.2f} bits a value",
+        ("", "at", ">time", ">tokens/s", ">bytes", ">USD", ""),
+    )
+    for name, stage in (("Harvest", plan.harvest), ("Training", plan.training)):
+        table.add_row(
+            f"[bold]{name}[/]",
+            f"{stage.workers} × {gpu}",
+            f"[bold]{duration(stage.seconds)}[/]",
+            f"{stage.tokens_per_second:,.0f}",
+            size(stage.n_bytes),
+            _dollars(stage.dollars),
+            "",
+        )
+        for part in (*stage.before, *stage.parts):
+            first = "first" if part in stage.before else ""
+            mark = "[yellow]◀ the bottleneck[/]" if part == stage.bottleneck else first
+            table.add_row(f"  {part.what}", part.place, duration(part.seconds), "", "", "", mark)
+        table.add_section()
+    for name, dollars in (
+        ("Storage", plan.storage_dollars),
+        ("Reading beyond its cloud", plan.egress_dollars),
+        ("[bold]Everything[/]", plan.dollars),
+    ):
+        table.add_row(name, "", "", "", "", _dollars(dollars), "")
+    return table
+
+
+def codec_table(plans: Sequence[tuple[ResidualCodec, Plan]]) -> Table:
+    """What each codec buys."""
+    table = _table("The same in every codec", ("codec", ">bits", ">store", *_STAGES, ">USD"))
+    for codec, plan in plans:
+        parameters = {k: v for k, v in codec.to_dict().items() if k != "kind" and v}
+        name = " ".join([codec.kind, *(f"{k} {v:g}" for k, v in parameters.items())])
+        stages = (*_stage(plan.harvest), *_stage(plan.training))
+        store = size(plan.store_bytes)
+        table.add_row(name, f"{plan.bits:.2f}", store, *stages, _dollars(plan.dollars))
+    return table
+
+
+def worker_table(plans: Sequence[tuple[int, Plan]]) -> Table:
+    """What more workers buy, and what they wait for."""
+    table = _table(
+        "With so many workers, in the harvest and in the training",
+        (">workers", ">tokens/s", *_STAGES[:2], ">tokens/s", *_STAGES[2:], ">USD"),
+    )
+    for number, plan in plans:
+        stages = (
+            (f"{stage.tokens_per_second:,.0f}", *_stage(stage))
+            for stage in (plan.harvest, plan.training)
+        )
+        table.add_row(str(number), *chain(*stages), _dollars(plan.dollars))
+    return table
+
+
+def figure_table(figures: Sequence[Figure]) -> Table:
+    """Every rate and price that a plan was computed from."""
+    table = _table(
+        "Computed from these; --set NAME=NUMBER or --rates FILE.toml puts others in their place",
+        ("name", ">value", "unit", "basis", "what it is"),
+    )
+    for figure in figures:
+        basis = f"[yellow]{figure.basis}[/]" if figure.basis == "assumed" else figure.basis
+        table.add_row(figure.name, f"{figure.value:.4g}", figure.unit, basis, escape(figure.note))
+    return table
+
+
+_STAGES = (">harvest", "limited by", ">training", "limited by")
+
+
+def _stage(stage: StagePlan) -> tuple[str, str]:
+    return duration(stage.seconds), stage.bottleneck.what
+
+
+def _dollars(amount: float) -> str:
+    return f"{amount:,.0f}"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """A name that begins with > is that of a column of numbers."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name[:1] == ">" else "left")
+    return table
