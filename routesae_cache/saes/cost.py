@@ -17,12 +17,15 @@ _STEP_COST: dict[CoderKind, float] = {
 """A training step in units of its encoder's product in float32."""
 
 
-def training_multiply_adds(saes: Sequence[SaeConfig], width: int) -> float:
-    """For each token of a pass that trains all of these SAEs, as a plain product would take them.
+def step_latents(sae: SaeConfig) -> float:
+    """Cost of a token in training: of a product of a residual with so many latents."""
+    vectors = len(sae.layers) if sae.selector in ("every", "all") else 1
+    return _STEP_COST[sae.coder] * sae.latents * vectors
 
-    Each SAE's encoder product, times what a whole step of its coder takes beside it.
-    """
-    return sum(_STEP_COST[sae.coder] * sae.latents * width * _vectors(sae) for sae in saes)
+
+def training_multiply_adds(saes: Sequence[SaeConfig], width: int) -> float:
+    """For each token of a pass that trains all of these SAEs, in terms of plain products."""
+    return sum(map(step_latents, saes)) * width
 
 
 def matrix_weights(saes: Sequence[SaeConfig], width: int) -> int:
@@ -30,8 +33,3 @@ def matrix_weights(saes: Sequence[SaeConfig], width: int) -> int:
     return sum(
         2 * sae.latents * width * (len(sae.layers) if sae.selector == "all" else 1) for sae in saes
     )
-
-
-def _vectors(sae: SaeConfig) -> int:
-    """Residuals that enter the coder for each token."""
-    return len(sae.layers) if sae.selector in ("every", "all") else 1
