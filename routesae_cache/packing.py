@@ -1,28 +1,14 @@
-"""What a training step of an SAE costs, and how SAEs are shared out so that all end together."""
+"""How SAEs are shared out to workers so that all end together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
 
-from routesae_cache.saes.config import CoderKind, SaeConfig
+from routesae_cache.saes.config import SaeConfig
+from routesae_cache.saes.cost import step_latents
 
-_STEP_COST: dict[CoderKind, float] = {
-    "topk": 1.0,
-    "batchtopk": 1.5,
-    "matryoshka": 1.5,
-    "relu": 3.0,
-    "gated": 4.5,
-    "jumprelu": 3.5,
-}
-"""A training step in units of its encoder's product in float32."""
 _READ_LATENTS = 140.0  # measured: reading and decoding a layer, in the unit of `step_latents`
-
-
-def step_latents(sae: SaeConfig) -> float:
-    """Cost of a token in training: of a product of a residual with so many latents."""
-    vectors = len(sae.layers) if sae.selector in ("every", "all") else 1
-    return _STEP_COST[sae.coder] * sae.latents * vectors
 
 
 def pack(

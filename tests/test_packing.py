@@ -5,7 +5,8 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from routesae_cache.packing import pack, step_latents
+from routesae_cache.packing import pack
+from routesae_cache.saes.cost import step_latents
 from tests.pipeline_helpers import topk
 
 
