@@ -16,11 +16,12 @@ from cli.layer_table import layer_table
 from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from routesae_cache.contexts.contexts import Mined
 
 AUTO = "auto"
+_SIDE_BY_SIDE = 6  # thresholds that fit 80 characters beside a name
 
 
 class FormatKind(StrEnum):
@@ -95,7 +96,8 @@ def contexts(
             reader, runs, config, lambda done, total: update(completed=done, total=total)
         )
     out.print(_counts_table(mined))
-    out.print(_thresholds_table(mined))
+    for table in threshold_tables(mined):
+        out.print(table)
     if several := [one for one in mined if _reads_several_layers(one)]:
         shares = [(one.name, one.summary.layer_share or {}) for one in several]
         out.print(layer_table("Share of activations read from each layer", shares))
@@ -143,25 +145,19 @@ def _counts_table(mined: Sequence[Mined]) -> Table:
     return table
 
 
-def _thresholds_table(mined: Sequence[Mined]) -> Table:
-    table = Table(title="Interpretable latents by threshold", title_justify="left")
-    table.add_column("threshold", justify="right")
-    for one in mined:
-        table.add_column(one.name, justify="right", overflow="fold")
+def threshold_tables(mined: Sequence[Mined]) -> Iterator[Table]:
+    """A row a run, and as many thresholds side by side as leave room for its name."""
     thresholds = sorted({counts.threshold for one in mined for counts in one.summary.by_threshold})
-    for threshold in thresholds:
-        table.add_row(
-            f"{threshold:.4g}",
-            *(
-                "".join(
-                    f"{counts.interpretable:,}"
-                    for counts in one.summary.by_threshold
-                    if counts.threshold == threshold
-                )
-                for one in mined
-            ),
-        )
-    return table
+    for first in range(0, len(thresholds), _SIDE_BY_SIDE):
+        table = Table(title="Interpretable latents above a threshold of", title_justify="left")
+        table.add_column("run", overflow="fold")
+        shown = thresholds[first : first + _SIDE_BY_SIDE]
+        for threshold in shown:
+            table.add_column(f"{threshold:.4g}", justify="right", no_wrap=True)
+        for one in mined:
+            found = {counts.threshold: counts for counts in one.summary.by_threshold}
+            table.add_row(one.name, *(f"{found[each].interpretable:,}" for each in shown))
+        yield table
 
 
 def _reads_several_layers(one: Mined) -> bool:

@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from safetensors.numpy import load_file
 
+from cli.contexts import threshold_tables
 from routesae_cache import ray_contexts
 from routesae_cache.checkpoint import load_run
 from routesae_cache.contexts import activation_files
 from routesae_cache.contexts.contexts import ContextsConfig, Mined, auto_threshold, mine_contexts
+from routesae_cache.contexts.records import AtThreshold, Summary
 from routesae_cache.contexts.text import CLOSE, OPEN, StoreText
 from routesae_cache.json_files import read_json
 from routesae_cache.origin import origin_tokenizer
@@ -484,6 +487,48 @@ def test_command(
     assert f"of {runs['fixed'].name} at 99: 0 activations are above it" in result.stderr
     record = json.loads((tmp_path / f"{runs['fixed'].name}_99.json").read_text())
     assert (record["total_latents"], record["latent_context_map"]) == (0, {})
+
+
+def test_tables_by_threshold_fit_80_characters(tmp_path: Path) -> None:
+    thresholds = [0.25 + 1.25 * i for i in range(8)]
+    mined = [
+        Mined(
+            run=tmp_path,
+            name=f"routesae_score_k32_f4608_s{seed}",
+            threshold=0.25,
+            tokens=100,
+            strongest=9.0,
+            summary=Summary(
+                activations=1,
+                latents_activated=1,
+                interpretable=1,
+                layer_share=None,
+                by_threshold=tuple(
+                    AtThreshold(
+                        threshold=threshold,
+                        interpretable=1000 * seed + number,
+                        latents_activated=1,
+                        activations=1,
+                    )
+                    for number, threshold in enumerate(thresholds)
+                ),
+            ),
+            contexts=tmp_path,
+            activations=tmp_path,
+            delphi=None,
+        )
+        for seed in range(10, 19)
+    ]
+    console = Console(width=80)
+    with console.capture() as shown:
+        for table in threshold_tables(mined):
+            console.print(table)
+    lines = shown.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = {cell for line in lines for cell in line.replace("│", " ").replace("┃", " ").split()}
+    assert {f"{threshold:g}" for threshold in thresholds} <= cells
+    assert {f"{1000 * seed + n:,}" for seed in range(10, 19) for n in range(8)} <= cells
+    assert {one.name for one in mined} <= cells
 
 
 def test_command_refuses(
