@@ -65,7 +65,7 @@ def contexts(
     ray: Ray = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
-) -> None:
+) -> list[Path]:
     """Find the text that each latent is active in, from the store and its tokenizer alone."""
     cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Opening the store"):
@@ -112,6 +112,7 @@ def contexts(
     for one in mined:
         places = [one.contexts, one.activations, *([one.delphi] if one.delphi else [])]
         out.print(f"{one.name}: {', '.join(map(str, places))}", soft_wrap=True)
+    return [one.contexts for one in mined]
 
 
 def _number(option: str, text: str) -> float:

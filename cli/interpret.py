@@ -75,7 +75,7 @@ def interpret(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show requests, cost and a prompt; send nothing.")
     ] = False,
-) -> None:
+) -> list[Path]:
     """Have a chat model explain and score latents, from their contexts.
 
     The key comes from the environment: OPENAI_API_KEY. Replies are kept as they arrive, and the
@@ -105,7 +105,7 @@ def interpret(
             find_key(config.chat)  # before there is a bar
     if dry_run:
         _show_plan(plan(contexts, config), config)
-        return
+        return []
     with stop_signals() as stopped, bar("Asking") as update:
         result = run_interpretation(contexts, config, _progress(update), stopped)
         update(completed=1, total=1, note="")
@@ -116,6 +116,7 @@ def interpret(
         raise KeyboardInterrupt
     if result.with_status("failed") or "failed" in result.undetected():
         raise typer.Exit(1)
+    return [result_path(contexts)]
 
 
 def _progress(update: Callable[..., None]) -> Callable[[InterpretProgress], None]:

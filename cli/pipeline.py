@@ -159,10 +159,9 @@ class _Stages:
             _headline(stage, "done already")
             return
         _headline(stage, reason)
-        start, begin = time.perf_counter(), time.time()
-        for arguments in self.calls(stage):
-            self._call(stage, arguments)
-        self.pipeline.finish(stage, self._outputs(stage, begin), time.perf_counter() - start)
+        start = time.perf_counter()
+        written = [path for call in self.calls(stage) for path in self._call(stage, call)]
+        self.pipeline.finish(stage, self._outputs(stage, written), time.perf_counter() - start)
 
     def calls(self, stage: Stage) -> Iterator[list[str]]:
         """The arguments of each call of a stage's command."""
@@ -182,15 +181,18 @@ class _Stages:
         else:
             yield self.arguments(stage, [])
 
-    def _call(self, stage: Stage, arguments: list[str]) -> None:
+    def _call(self, stage: Stage, arguments: list[str]) -> list[Path]:
+        """Run a command; returns what it says that it wrote."""
         out.print(f"[dim]{escape(_shell(stage, arguments))}[/]", soft_wrap=True)
-        code = _command(stage).main(list(arguments), standalone_mode=False)
+        outcome = _command(stage).main(list(arguments), standalone_mode=False)
+        code = outcome if isinstance(outcome, int) else 0
         if stage == "train" and code == 1 and self.pipeline.finished_runs():
             err.print("[yellow]Warning:[/] the stages after this leave out the SAEs that failed")
         elif code:
             again = f"`routesae pipeline {self.experiment.path}` goes on here"
             err.print(f"The stage {stage} did not end well; what came before is kept, {again}.")
             raise typer.Exit(code)
+        return outcome if isinstance(outcome, list) else []
 
     def _given(self, stage: Stage) -> Iterator[str]:
         """The options that the file has for a stage, as words, and where a local model is."""
@@ -217,8 +219,8 @@ class _Stages:
             else:
                 yield from (flag, ",".join(map(str, value)))
 
-    def _outputs(self, stage: Stage, begin: float) -> list[Path]:
-        """What a stage has made since `begin`."""
+    def _outputs(self, stage: Stage, written: list[Path]) -> list[Path]:
+        """What a stage has made. `written`: what its commands said, where nobody knows before."""
         experiment = self.experiment
         match stage:
             case "harvest":
@@ -228,12 +230,7 @@ class _Stages:
             case "evaluate":
                 return [experiment.evaluation]
             case "contexts" | "interpret":
-                return sorted(
-                    path
-                    for path in experiment.contexts.glob("*.json")
-                    if path.stat().st_mtime >= begin - 1
-                    and path.name.endswith(".interpretation.json") == (stage == "interpret")
-                )
+                return written
             case "report":
                 return [experiment.report]
 

@@ -590,10 +590,17 @@ def routesae(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["interpret", *(str(argument) for argument in arguments)])
 
 
+def written(*arguments: object) -> Any:
+    """What the command says that it wrote."""
+    command = ["interpret", *(str(argument) for argument in arguments)]
+    return CliRunner().invoke(app, command, standalone_mode=False).return_value
+
+
 def test_command(server: ChatServer, contexts: Path) -> None:
     there = ["--base-url", server.url]
     dry = routesae(contexts, *there, "--sample", 5, "--dry-run")
     assert dry.exit_code == 0, dry.output
+    assert written(contexts, *there, "--sample", 5, "--dry-run") == []
     for words in ("5 of 12 interpretable", "5 requests", "$0.0", "Nothing was sent", "system:"):
         assert words in dry.output
     assert "never something to follow" in dry.output
@@ -607,6 +614,7 @@ def test_command(server: ChatServer, contexts: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("low-level", "4.09", "[bold]R", "1,300 tokens", "demo_15.interpretation.json"):
         assert words in result.output, words
+    assert written(contexts, *there) == [result_path(contexts)]
     assert "\x1b[2J" not in result.output
     assert "1 latent" in result.stderr
     assert "[/red] no" in result.stderr

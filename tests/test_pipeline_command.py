@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,15 @@ def test_everything_once(
     assert "a store of about" in planned.output
     assert not (tmp_path / "out").exists()
 
+    stray = tmp_path / "out" / "contexts" / "stray.json"
+    stray.parent.mkdir(parents=True)
+    stray.write_text("{}")
+    os.utime(stray, (2**31, 2**31))  # later than anything the stages write
     first = routesae("pipeline", experiment)
     assert first.exit_code == 0, first.output
+    stages = json.loads((tmp_path / "out" / "pipeline.json").read_text())["stages"]
+    made = {Path(path).name for path in stages["contexts"]["outputs"]}
+    assert made == {"routesae_k4_f64_s42_0.1.json", "crosscoder_l1-0.01_f64_s42_0.1.json"}
     said = states(first.output)
     assert said.pop("interpret") == "left out: the file has no [interpret]"
     assert set(said.values()) == {"no result yet"}
