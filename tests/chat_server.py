@@ -12,9 +12,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 PROMPT_TOKENS, COMPLETION_TOKENS = 100, 10
 QUICK = {"retry-after-ms": "10"}  # the library's own back-off begins with half a second
 KEY = "sk-secret-0123456789abcdef"
+_VARIABLES = (
+    *("OPENAI_API_KEY", "OPENAI_BASE_URL", "AZURE_OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT"),
+    *("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"),
+)
 
 
 @dataclass
@@ -201,3 +207,18 @@ def chat_server() -> Iterator[ChatServer]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture
+def chat_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key, and nothing else that says where a server is or how to get there."""
+    for name in _VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    """A server of well-formed replies, until told otherwise."""
+    with chat_server() as running:
+        yield running

@@ -22,6 +22,8 @@ import tokenizers
 import torch
 import transformers
 
+from tests.chat_server import chat_environment, server  # noqa: F401  (fixtures)
+
 torch.set_num_threads(1)  # of tiny tensors: more would only wait for each other
 
 # a busy machine is no failure

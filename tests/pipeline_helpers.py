@@ -78,3 +78,19 @@ def all_tokens(reader: StoreReader, layers: tuple[int, ...], split: str) -> dict
             key = (reader.spec.chunk_range(chunk).start + row, position)
             found[tuple(map(int, key))] = x_NLD[index]
     return found
+
+
+LAYERS = (1, 2, 3)
+SAES = {
+    "fixed": topk((3,)),
+    "scalar": topk((2,), norm="scalar"),
+    "straight-through": topk(LAYERS, route_estimator="straight-through"),
+    "factor": topk(LAYERS, route_estimator="factor"),
+    "soft": topk(LAYERS, hard=False),
+    "random": topk(LAYERS, selector="random"),
+    "every": topk(LAYERS, selector="every"),
+    "crosscoder": SaeConfig(
+        selector="all", coder="relu", layers=LAYERS, latents=64, sparsity_weight=1e-3
+    ),
+}
+"""A small SAE for each way of reading the layers of the tiny harvest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,20 +35,7 @@ from tests.chat_server import (
 
 CONTEXT = Context("rhine", "the <ACTIVATED>Rhine</ACTIVATED> at Bonn", 9.5, 3, 7, 0, 12)
 QUESTION = ask_for_explanation(5, [CONTEXT])
-VARIABLES = ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT", "OPENAI_BASE_URL")
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*VARIABLES, "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("chat_environment")
 
 
 def ask(server: ChatServer, *questions: Question, **options: Any) -> list[Reply]:

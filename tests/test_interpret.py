@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from tests.chat_server import (
     Answer,
     ChatServer,
     Request,
-    chat_server,
     completion,
     error,
     explanation,
@@ -45,19 +44,7 @@ from tests.chat_server import (
 
 LATENTS = tuple(range(0, 24, 2))
 PLACES = 8  # contexts of a latent
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("chat_environment")
 
 
 def place(latent: int, index: int, **changes: Any) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from routesae_cache.lm import LanguageModel, ModelError
 from routesae_cache.metrics import Estimate, RowSums, Spliced, SplicedMetrics
 from routesae_cache.origin import origin_lm
 from routesae_cache.ray_pool import RayConfig
-from routesae_cache.saes.config import SaeConfig
 from routesae_cache.splicing import evaluate as spliced
 from routesae_cache.splicing import passes as passes_module
 from routesae_cache.splicing import predictions
@@ -31,22 +30,9 @@ from stores.codecs import Bf16Codec, DeltaCodec, Int8Codec
 from stores.reader import StoreReader
 from stores.recode import recode
 from stores.stats import split_stats
-from tests.pipeline_helpers import config, run, topk
+from tests.pipeline_helpers import LAYERS, SAES, config, run
 from tests.ray_helpers import without_ray
 
-LAYERS = (1, 2, 3)
-SAES = {
-    "fixed": topk((3,)),
-    "scalar": topk((3,), norm="scalar"),
-    "route": topk(LAYERS, route_estimator="straight-through"),
-    "factor": topk(LAYERS, route_estimator="factor"),
-    "random": topk(LAYERS, selector="random"),
-    "mlsae": topk(LAYERS, selector="every"),
-    "crosscoder": SaeConfig(
-        selector="all", coder="relu", layers=LAYERS, latents=64, sparsity_weight=1e-3
-    ),
-    "soft": topk(LAYERS, hard=False),
-}
 MEASURED = [name for name in SAES if name != "soft"]
 AT_LAYER = {"crosscoder": 2}
 SIXTEENTHS = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16]).double()
@@ -211,7 +197,7 @@ def test_against_plain_float64(
     sae, at_layer = saes[name], AT_LAYER.get(name)
     found = measure(reader, lm, sae, at_layer=at_layer, batch_tokens=50)
     plain, zeros_LD = Plain(reader, lm), torch.zeros(5, 32)
-    if name != "mlsae":
+    if name != "every":
         rows = plain.measure(sae, at_layer, zeros_LD)
         compare(found, rows)
         assert found.per_layer is None
@@ -243,8 +229,8 @@ def test_mean_ablation_and_the_authors_scale(
     exact = measure(reader, lm, saes["factor"], ablation=None)
     assert exact.recovered is None
     assert abs(exact.kl.mean / found.kl.mean - 1) > 1e-3
-    one = measure(reader, lm, saes["route"])
-    assert figures(measure(reader, lm, saes["route"], scale="authors")) == figures(one)
+    one = measure(reader, lm, saes["straight-through"])
+    assert figures(measure(reader, lm, saes["straight-through"], scale="authors")) == figures(one)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -310,8 +296,8 @@ def test_how_the_work_is_cut_changes_nothing(
     saes: dict[str, TrainedSae],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = figures(measure(reader, lm, saes["route"]))
-    assert figures(measure(reader, lm, saes["route"], batch_tokens=1)) == pytest.approx(
+    expected = figures(measure(reader, lm, saes["straight-through"]))
+    assert figures(measure(reader, lm, saes["straight-through"], batch_tokens=1)) == pytest.approx(
         expected, rel=1e-4
     )
     sizes: list[int] = []
@@ -324,10 +310,14 @@ def test_how_the_work_is_cut_changes_nothing(
     monkeypatch.setattr(predictions, "head", watched)
     monkeypatch.setattr(predictions, "_SLICE_VALUES", 7 * lm.vocab_size)
     monkeypatch.setattr(predictions, "_BLOCK_VALUES", 3 * lm.vocab_size)
-    assert figures(measure(reader, lm, saes["route"])) == pytest.approx(expected, rel=1e-5)
+    assert figures(measure(reader, lm, saes["straight-through"])) == pytest.approx(
+        expected, rel=1e-5
+    )
     assert max(sizes) == 7
     monkeypatch.setattr(passes_module, "resumable", lambda *_: False)
-    assert figures(measure(reader, lm, saes["route"])) == pytest.approx(expected, rel=1e-5)
+    assert figures(measure(reader, lm, saes["straight-through"])) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_padding_plays_no_part(
@@ -336,7 +326,7 @@ def test_padding_plays_no_part(
     saes: dict[str, TrainedSae],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = figures(measure(reader, lm, saes["route"]))
+    expected = figures(measure(reader, lm, saes["straight-through"]))
     original = StoreReader.rows
 
     def other_padding(self: StoreReader, chunk: int) -> Any:
@@ -348,7 +338,9 @@ def test_padding_plays_no_part(
 
     monkeypatch.setattr(StoreReader, "rows", other_padding)
     assert any((reader.rows(chunk).tokens_RT == 17).any() for chunk in reader.chunks("eval"))
-    assert figures(measure(reader, lm, saes["route"])) == pytest.approx(expected, rel=1e-6)
+    assert figures(measure(reader, lm, saes["straight-through"])) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_rows_without_a_counted_token_are_passed_over(
@@ -426,8 +418,8 @@ def test_reading_rules(reader: StoreReader, lm: LanguageModel, runs: dict[str, P
     [
         (["fixed", "soft"], None, "soft routing mixes the layers"),
         (["crosscoder"], None, r"3 layers of a token at once; .* --at-layer, of \[1, 2, 3\]"),
-        (["mlsae", "fixed"], 4, r"does not reconstruct layer 4; it has \[1, 2, 3\]"),
-        (["fixed", "route"], 2, "--at-layer is for SAEs that reconstruct several"),
+        (["every", "fixed"], 4, r"does not reconstruct layer 4; it has \[1, 2, 3\]"),
+        (["fixed", "straight-through"], 2, "--at-layer is for SAEs that reconstruct several"),
     ],
 )
 def test_what_cannot_be_spliced(

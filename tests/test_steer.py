@@ -21,7 +21,6 @@ from typer.testing import Result
 
 from routesae_cache.lm import LanguageModel, ModelError, ModelIdentity
 from routesae_cache.origin import origin_lm, origin_tokenizer
-from routesae_cache.saes.config import SaeConfig
 from routesae_cache.steering.changes import ChangedLatents, LatentChange
 from routesae_cache.steering.dialogues import make_prompt, prompt_ids
 from routesae_cache.steering.steer import (
@@ -38,21 +37,8 @@ from routesae_cache.train import TrainConfig, train
 from routesae_cache.trained import Residuals, TrainedSae
 from tests.command_helpers import routesae
 from tests.conftest import ARCHITECTURES
-from tests.pipeline_helpers import config, run, topk
+from tests.pipeline_helpers import LAYERS, SAES, config, run
 
-LAYERS = (1, 2, 3)
-SAES = {
-    "fixed": topk((3,)),
-    "scalar": topk((2,), norm="scalar"),
-    "straight-through": topk(LAYERS, route_estimator="straight-through"),
-    "factor": topk(LAYERS, route_estimator="factor"),
-    "every": topk(LAYERS, selector="every"),
-    "crosscoder": SaeConfig(
-        selector="all", coder="relu", layers=LAYERS, latents=64, sparsity_weight=1e-3
-    ),
-    "random": topk(LAYERS, selector="random"),
-    "soft": topk(LAYERS, hard=False),
-}
 OF_EVERY_MODEL = ("fixed", "straight-through", "factor", "every")
 ROUTED = ("straight-through", "factor")
 PROMPT = make_prompt("The router looks at every layer", "here")
