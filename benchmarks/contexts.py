@@ -73,7 +73,7 @@ def _encode(reader: StoreReader, runs: list[Path], split: Split) -> float:
         for batch in batches:
             residuals = Residuals(batch.x_NLD, layers)
             for sae in saes:
-                sae(residuals.seen_by(sae.config).x)
+                sae.read(residuals.seen_by(sae.config).x)
     return source.tokens / (time.perf_counter() - start)
 
 

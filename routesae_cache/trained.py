@@ -12,7 +12,7 @@ from torch import Tensor
 
 from routesae_cache.checkpoint import RunConfig, RunError, load_run
 from routesae_cache.losses import Normalised, normalise_scalar, normalise_token
-from routesae_cache.saes.output import SaeOutput
+from routesae_cache.saes.output import Reading, SaeOutput
 from routesae_cache.saes.sae import check_inference_rule
 from stores.spec import Record, StoreSpec
 
@@ -98,6 +98,10 @@ class TrainedSae:
         return self.sae.inference(
             x_NLD, infer_k=self.rule.infer_k, theta=self.rule.theta, layer_index_N=layer_index_N
         )
+
+    def read(self, x_NLD: Tensor) -> Reading:
+        """The same latents, without what they reconstruct."""
+        return self.sae.read(x_NLD, infer_k=self.rule.infer_k, theta=self.rule.theta)
 
 
 def layers_read(configs: Iterable[RunConfig]) -> tuple[int, ...]:

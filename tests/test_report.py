@@ -107,13 +107,13 @@ def test_only_windows_are_read_where_density_is_not_sampled(stages: Stages) -> N
     windows = [Window(0, 0, 0, 5), Window(1, 4, 3, 9)]
     calls = []
     saes["fixed"].sae.register_forward_hook(lambda *_: calls.append(0))
-    original = saes["fixed"].sae.inference
+    original = saes["fixed"].sae.read
 
     def count(x_NLD: torch.Tensor, **rest: Any) -> Any:
         calls.append(len(x_NLD))
         return original(x_NLD, **rest)
 
-    saes["fixed"].sae.inference = count  # type: ignore[method-assign]
+    saes["fixed"].sae.read = count  # type: ignore[method-assign]
     plan = ActivityPlan(windows={"fixed": windows}, passages=[], density_tokens=0)
     assert read_activity(stages.reader, saes, plan).density == {}
     assert sum(calls) == 5 + 7  # the first position of a row is not read

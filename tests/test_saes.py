@@ -156,6 +156,25 @@ def test_inference_uses_the_latents_it_reports(name: str) -> None:
         assert not out.loss.requires_grad
 
 
+def test_reading_is_inference_that_decodes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = make_sae(name)
+    randomise(sae)
+    x_NLD = sparse_data(sae.config, N)
+    rules = ({}, {"infer_k": 3}, {"theta": 0.5})
+    expected = [sae.inference(x_NLD, **rule) for rule in rules]
+    monkeypatch.setattr(type(sae.coder), "decode", None)
+    for rule, out in zip(rules, expected, strict=True):
+        found = sae.read(x_NLD, **rule)
+        assert type(found.latents) is type(out.latents)
+        for part in ("layer_M", "router_NL"):
+            one, other = getattr(found, part), getattr(out, part)
+            assert one is other is None or torch.equal(one, other)
+        assert torch.equal(found.latents.dense(F), out.latents.dense(F))
+        assert not any(part.requires_grad for part in found.latents.pairs())
+
+
 @pytest.mark.parametrize("name", [n for n in GRID if not SAMPLED.search(n)])
 def test_inference_equals_training_where_the_rule_is_per_vector(name: str) -> None:
     sae = make_sae(name)

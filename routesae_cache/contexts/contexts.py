@@ -183,8 +183,8 @@ class Mining:
                 type_N = self.text.types(token_N)
                 residuals = Residuals(batch.x_NLD, self._layers)
                 for sae, found, file in zip(self._saes, findings, files, strict=True):
-                    output = sae(residuals.seen_by(sae.config).x)
-                    file.add(found.add(output, token_N, type_N))
+                    reading = sae.read(residuals.seen_by(sae.config).x)
+                    file.add(found.add(reading, token_N, type_N))
                 done += len(residuals)
                 progress(done, source.tokens)
 

@@ -20,7 +20,7 @@ from routesae_cache.contexts.mining import (
     strongest_layer_of_each,
 )
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.saes.output import DenseLatents, FlatLatents, Latents, RowLatents, SaeOutput
+from routesae_cache.saes.output import DenseLatents, FlatLatents, Latents, Reading, RowLatents
 
 
 class Findings:
@@ -52,16 +52,16 @@ class Findings:
         self.strongest = -math.inf
         """The largest activation there was."""
 
-    def add(self, output: SaeOutput, token_N: Ints, type_N: Ints) -> Activations:
+    def add(self, reading: Reading, token_N: Ints, type_N: Ints) -> Activations:
         """Add a batch of later tokens; returns its activations above the main threshold."""
-        above = _above(output.latents, self._lowest)
+        above = _above(reading.latents, self._lowest)
         self.strongest = max(self.strongest, above.strongest)
         vectors = above.rows // len(token_N)
         index_P = above.row_P // vectors
         layer_P = np.full(len(index_P), NO_LAYER, np.int16)
         if self.has_layers:
-            assert output.layer_M is not None
-            layer_M = np.array(self._layers, np.int16)[output.layer_M.cpu().numpy()]
+            assert reading.layer_M is not None
+            layer_M = np.array(self._layers, np.int16)[reading.layer_M.cpu().numpy()]
             layer_P = layer_M[above.row_P]
         found = Activations(
             token_N[index_P], above.latent_P, above.value_P, layer_P, type_N[index_P]

@@ -188,7 +188,7 @@ class _Reader:
 
     def encode(self, index_N: NDArray[np.intp], residuals: Residuals) -> None:
         """Read tokens, given with their places in the chunk."""
-        pairs = self._sae(residuals.seen_by(self._sae.config).x).latents.pairs()
+        pairs = self._sae.read(residuals.seen_by(self._sae.config).x).latents.pairs()
         row_P, latent_P, value_P = (part.cpu().numpy() for part in pairs)
         self._found.append((index_N[row_P // self._vectors_a_token], latent_P, value_P))
         self._read += len(index_N)
@@ -245,7 +245,7 @@ class _Reader:
 
     def _route(self, chunk: _Chunk, passage: Passage, device: torch.device | None) -> Routing:
         residuals = chunk.residuals(chunk.positions(*passage[:3]), device)
-        output = self._sae(residuals.seen_by(self._sae.config).x)
+        output = self._sae.read(residuals.seen_by(self._sae.config).x)
         assert output.router_NL is not None
         layer_N = output.router_NL.argmax(-1) if output.layer_M is None else output.layer_M
         dense_NF = output.latents.dense(self._sae.config.sae.latents)

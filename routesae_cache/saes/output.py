@@ -115,6 +115,14 @@ class DenseLatents(NamedTuple):
 Latents = RowLatents | FlatLatents | DenseLatents
 
 
+class Reading(NamedTuple):
+    """Which latents are active, without what they reconstruct; all as in `SaeOutput`."""
+
+    latents: Latents
+    layer_M: Tensor | None
+    router_NL: Tensor | None
+
+
 class SaeOutput(NamedTuple):
     """One forward pass. M counts coded vectors: N tokens, or N*L where every layer is coded
     (token-major: vector m is token m // L at layer m % L). Everything but `loss` is detached."""

@@ -9,7 +9,7 @@ from routesae_cache.losses import nmse, score_term
 from routesae_cache.parallel import ALONE, World
 from routesae_cache.saes.coders import Coded, Coder
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.saes.output import SaeOutput
+from routesae_cache.saes.output import Latents, Reading, SaeOutput
 from routesae_cache.saes.selectors import Selection, Selector
 
 UNIT_NORM_EVERY = 10
@@ -78,10 +78,16 @@ class Sae(nn.Module):
             ValueError: if both rules are given, k exceeds the latents, or the selector does not
                 choose a layer per token.
         """
-        check_inference_rule(self.config, infer_k=infer_k, theta=theta)
-        selection = self.selector(x_NLD, None, layer_index_N)
-        latents = self.coder.read(selection.vector_MD, infer_k, theta)
+        selection, latents = self._read(x_NLD, infer_k, theta, layer_index_N)
         return self._output(selection, Coded(latents, self.coder.decode(latents), {}))
+
+    @torch.no_grad()
+    def read(
+        self, x_NLD: Tensor, *, infer_k: int | None = None, theta: float | None = None
+    ) -> Reading:
+        """As `inference`, short of the reconstruction and its error."""
+        selection, latents = self._read(x_NLD, infer_k, theta, None)
+        return Reading(latents, selection.layer_M, selection.router_NL)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -119,6 +125,17 @@ class Sae(nn.Module):
         if self.coder.stacked == 1:
             return self.coder.decoder
         return self.coder.decoder.view(-1, self.coder.stacked, self.width)[:, layer_index]
+
+    def _read(
+        self,
+        x_NLD: Tensor,
+        infer_k: int | None,
+        theta: float | None,
+        layer_index_N: Tensor | None,
+    ) -> tuple[Selection, Latents]:
+        check_inference_rule(self.config, infer_k=infer_k, theta=theta)
+        selection = self.selector(x_NLD, None, layer_index_N)
+        return selection, self.coder.read(selection.vector_MD, infer_k, theta)
 
     def _output(self, selection: Selection, coded: Coded) -> SaeOutput:
         target_MD = selection.vector_MD.reshape(-1, self.width)
