@@ -126,6 +126,8 @@ def address(path: Path) -> str:
         raise TextError(f"{path} is not a zip archive ({error})") from error
     if len(inner) != 1:
         raise TextError(f"{path} must hold exactly one CSV file, found {len(inner)}")
+    if "::" in inner[0]:  # it would be taken for an address, which may be anywhere
+        raise TextError(f"{path}: expected a plain name of the CSV file in it, found {inner[0]!r}")
     return f"zip://{glob.escape(inner[0])}::{escaped}"
 
 

@@ -10,6 +10,7 @@ import copy
 import inspect
 import io
 import logging
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ __all__ = [
     "ModelSource",
     "block_parameters",
     "load_lm",
+    "loading",
     "model_shape",
     "pretrained",
     "quiet",
@@ -250,7 +252,7 @@ def load_lm(
     """
     source = resolve_model(name, revision=revision) if isinstance(name, str) else name
     where = pretrained(source)
-    with hub_errors(ModelError, "model", source.location), quiet():
+    with loading(source):
         raw_config, _ = transformers.PreTrainedConfig.get_config_dict(**where)
         config = transformers.AutoConfig.from_pretrained(**where)
         _refuse_encoder(source.name, config)
@@ -289,7 +291,7 @@ def load_lm(
 def model_shape(source: ModelSource) -> ModelShape:
     """The sizes of a model, without its weights; raises what `load_lm` does."""
     where = pretrained(source)
-    with hub_errors(ModelError, "model", source.location), quiet():
+    with loading(source):
         config = transformers.AutoConfig.from_pretrained(**where)
     _refuse_encoder(source.name, config)
     return _shape(config)
@@ -298,7 +300,7 @@ def model_shape(source: ModelSource) -> ModelShape:
 def block_parameters(source: ModelSource) -> int:
     """Weights in the largest decoder block, counted without loading any; for estimates."""
     where = pretrained(source)
-    with hub_errors(ModelError, "model", source.location), quiet(), torch.device("meta"):
+    with loading(source), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(**where)
         model = transformers.AutoModelForCausalLM.from_config(config)
     blocks = _decoder_blocks(model, _shape(config).n_layers)
@@ -319,6 +321,26 @@ def pretrained(source: ModelSource) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def loading(source: ModelSource) -> Iterator[None]:
+    """Turn what goes wrong with a model's files inside the block into ModelError, quietly."""
+    with hub_errors(ModelError, "model", source.location), quiet():
+        try:
+            yield
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"the weights of {source.name!r} hold more than tensors, which is never loaded: "
+                "it may be a program; expected safetensors"
+            ) from error
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ModelError(
+                f"{source.name!r} comes with code of its own, which is never run here; expected "
+                "an architecture that transformers has"
+            ) from error
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from writing messages and bars to the terminal."""
     log = transformers.utils.logging
@@ -336,7 +358,11 @@ def quiet() -> Iterator[None]:
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Save a GGUF file's model, in float32 so that nothing is lost, and its tokenizer."""
     logger.info("converting %s to safetensors; this is done once", file.name)
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+        "trust_remote_code": False,
+    }
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar heeds no setting
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         # the weights are plain numbers now, but saving is refused while these say otherwise

@@ -120,9 +120,17 @@ class Pipeline:
         return options
 
     def made_by(self, stage: Stage) -> list[Path]:
-        """What a stage made when it was last run."""
+        """What a stage made when it was last run; ValueError where that is not the experiment's."""
         record = self.records.get(stage)
-        return [Path(name) for name in record.outputs] if record else []
+        paths = [Path(name) for name in record.outputs] if record else []
+        out, store = self.experiment.out.resolve(), self.experiment.store.resolve()
+        for path in paths:
+            if path.resolve() != store and not path.resolve().is_relative_to(out):
+                raise ValueError(
+                    f"{self.experiment.out / STATE} names {path} as a result, which is neither in "
+                    f"{self.experiment.out} nor the store; remove the file to run every stage again"
+                )
+        return paths
 
     def finish(self, stage: Stage, outputs: Sequence[Path], seconds: float) -> None:
         """Record that a stage has just been run."""

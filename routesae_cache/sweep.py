@@ -160,7 +160,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise SweepError(f"{path}: expected text in UTF-8; {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SweepError(f"{path}: expected TOML; {error}") from error
 
 

@@ -10,8 +10,7 @@ import tokenizers
 import transformers
 from numpy.typing import NDArray
 
-from routesae_cache.hub import hub_errors
-from routesae_cache.lm import pretrained, quiet
+from routesae_cache.lm import loading, pretrained
 from routesae_cache.sources import ModelError, ModelSource, resolve_model
 from routesae_cache.text import Document
 
@@ -85,7 +84,7 @@ def load_tokenizer(name: str | ModelSource) -> Tokenizer:
     """
     source = resolve_model(name) if isinstance(name, str) else name
     where = pretrained(source)
-    with hub_errors(ModelError, "model", source.location), quiet():
+    with loading(source):
         hf = transformers.AutoTokenizer.from_pretrained(**where)
     return wrap_tokenizer(hf, source.name)
 

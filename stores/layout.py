@@ -173,11 +173,16 @@ def open_array(group: zarr.Group, spec: StoreSpec, stored: StoredArray) -> zarr.
     if not isinstance(array, zarr.Array):
         raise NotAStoreError(f"{where}: found a group")
     length, *inner = stored.shape(spec)
-    expected = (_DTYPES.get(stored.dtype, stored.dtype), tuple(inner), stored.chunk_shape(spec))
-    found = (str(array.dtype), array.shape[1:], array.chunks)
+    expected = (
+        *(_DTYPES.get(stored.dtype, stored.dtype), tuple(inner), stored.chunk_shape(spec)),
+        "/",  # with another one zarr finds no file, and reads zeros
+    )
+    encoding = getattr(array.metadata, "chunk_key_encoding", None)
+    separator = getattr(encoding, "separator", None)
+    found = (str(array.dtype), array.shape[1:], array.chunks, separator)
     if found != expected or array.shape[0] < length:
         raise NotAStoreError(
-            f"{where}: expected at least {length} of (dtype, shape, chunk shape) {expected}, "
+            f"{where}: expected at least {length} of (dtype, shape, chunks, separator) {expected}, "
             f"found {array.shape[0]} of {found}"
         )
     return array.with_config({"write_empty_chunks": True})
@@ -193,7 +198,7 @@ def read_spec(path: Path) -> StoreSpec:
         raise NotAStoreError(
             f"{path}: expected an activation store, found {found}; make one with `routesae harvest`"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise NotAStoreError(
             f"{path}: expected an activation store; its zarr.json lacks a readable "
             f"attribute {ATTRIBUTE!r} ({error})"

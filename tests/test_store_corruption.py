@@ -397,6 +397,7 @@ METADATA: dict[str, Callable[[dict[str, Any]], object]] = {
     "dtype": lambda m: m.update(data_type="float64", fill_value=0.0),
     "chunks": lambda m: m["chunk_grid"]["configuration"]["chunk_shape"].reverse(),
     "inner shape": lambda m: m["shape"].__setitem__(-1, 77),
+    "separator": lambda m: m["chunk_key_encoding"]["configuration"].update(separator="."),
     "shorter": lambda m: m["shape"].__setitem__(0, 1),
     "codecs": lambda m: m.update(codecs=[{"name": "zip"}]),
     "no codecs": lambda m: m.update(codecs=[]),

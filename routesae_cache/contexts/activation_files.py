@@ -13,6 +13,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from routesae_cache.contexts.mining import NO_LAYER, Activations, Floats, Ints, joined
+from routesae_cache.json_files import partial_of
 
 _GROUP_ROWS = 1 << 18
 _SCHEMA = pa.schema(
@@ -90,7 +91,7 @@ class ActivationFile:
 @contextmanager
 def activation_file(path: Path, context: int) -> Iterator[ActivationFile]:
     """A parquet file to fill, which is there once it is whole; its folder is made with it."""
-    partial = path.parent.with_name(f"{path.parent.name}.{path.name}.partial")
+    partial = partial_of(path.parent.with_name(f"{path.parent.name}.{path.name}"))
     file = ActivationFile(partial, context)
     try:
         yield file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Self
@@ -69,7 +70,14 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"--base-url: expected http://… or https://…, found {self.base_url!r}")
+            raise ValueError(
+                f"--base-url: expected http://… or https://…, found {_hidden(self.base_url)!r}"
+            )
+        if self.base_url is not None and _hidden(self.base_url) != self.base_url:
+            raise ValueError(
+                "--base-url: expected an address without user and password, which files and logs "
+                f"would keep; found {_hidden(self.base_url)!r}"
+            )
         if not self.timeout_s > 0:
             raise ValueError(f"--timeout: expected seconds above 0, found {self.timeout_s}")
         if not self.model:
@@ -226,6 +234,11 @@ class _NoCompletionError(RequestFailedError):
 def printable(text: str) -> str:
     """On one line, without control characters: safe to show on a terminal."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def _hidden(address: str) -> str:
+    """An address with stars for what is before an @, which may be a password."""
+    return re.sub(r"^([^/]*//)?[^/]*@", r"\1***@", address)
 
 
 def _key_variable(config: ChatConfig) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import vl_convert
 
+from routesae_cache.json_files import partial_of
 from routesae_cache.report.charts import Plot
 from routesae_cache.report.table import Table
 from stores.spec import Record
@@ -32,7 +33,7 @@ def write_assets(
     if browsers:
         files["latents.csv"] = _csv([row for one in browsers for row in _rows(one)]).encode()
     for name, content in files.items():
-        temporary = folder / f"{name}.partial"
+        temporary = partial_of(folder / name)
         temporary.write_bytes(content)
         temporary.replace(folder / name)
     return [folder / name for name in files]

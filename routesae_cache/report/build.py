@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from routesae_cache.json_files import partial_of
 from routesae_cache.lm import LanguageModel
 from routesae_cache.report.activity import (
     Activity,
@@ -249,6 +250,6 @@ def _why_no_routing(runs: Sequence[FoundRun], reader: StoreReader | None) -> str
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
+    temporary = partial_of(path)
     temporary.write_bytes(content)
     temporary.replace(path)
