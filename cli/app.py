@@ -15,7 +15,7 @@ from cli.pipeline import pipeline
 from cli.plan import plan
 from cli.report import report
 from cli.steer import steer
-from cli.store import info, recode, verify
+from cli.store import copy, info, recode, verify
 from cli.sweep import sweep
 from cli.train import train
 
@@ -27,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-store = typer.Typer(help="Look at, check and convert activation stores.", no_args_is_help=True)
+store = typer.Typer(
+    help="Look at, check, convert and copy activation stores.", no_args_is_help=True
+)
 
 app.command("harvest")(handled(harvest))
 app.command("train")(handled(train))
@@ -44,6 +46,7 @@ app.command("import-reference")(handled(import_reference))
 store.command("info")(handled(info))
 store.command("verify")(handled(verify))
 store.command("recode")(handled(recode))
+store.command("copy")(handled(copy))
 app.add_typer(store, name="store")
 
 

@@ -13,7 +13,16 @@ from rich.table import Table
 from cli.console import bar, count, err, out
 from cli.evaluate import SplitKind
 from cli.layer_table import layer_table
-from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
+from cli.options import (
+    Device,
+    EndpointUrl,
+    GpusPerWorker,
+    Ray,
+    StoreArgument,
+    Workers,
+    pick_device,
+    ray_config,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,6 +71,7 @@ def contexts(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens at a time.")] = 2048,
     device: Device = "auto",
+    endpoint_url: EndpointUrl = None,
     ray: Ray = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,

@@ -14,7 +14,16 @@ from rich.markup import escape
 
 from cli.console import bar, err, layer_name, out
 from cli.evaluation_tables import evaluation_tables
-from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
+from cli.options import (
+    Device,
+    EndpointUrl,
+    GpusPerWorker,
+    Ray,
+    StoreArgument,
+    Workers,
+    pick_device,
+    ray_config,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,6 +108,7 @@ def evaluate(
         ),
     ] = False,
     device: Device = "auto",
+    endpoint_url: EndpointUrl = None,
     ray: Ray = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from cli.console import bar, err, layer_name, out
+from cli.options import EndpointUrl
 
 if TYPE_CHECKING:
     from routesae_cache.interchange.export import ExportResult
@@ -27,7 +28,7 @@ def export(
         ),
     ] = False,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="--verify: residuals to compare on.", show_default="the run's own store"),
     ] = None,
     tokens: Annotated[int, typer.Option(help="--verify: tokens to compare on.")] = 1024,
@@ -37,6 +38,7 @@ def export(
             help="What the other library calls the model.", show_default="the name in the store"
         ),
     ] = None,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Write an SAE for SAELens or sparsify, and say what does not survive."""
     with err.status("Loading the run"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +13,7 @@ from cli.options import (
     Codec,
     CodecKind,
     Device,
+    EndpointUrl,
     GpusPerWorker,
     KeyframeEvery,
     Ray,
@@ -44,7 +44,9 @@ class DtypeKind(StrEnum):
 
 
 def harvest(
-    target: Annotated[Path, typer.Option("--out", help="Store to make, extend or go on with.")],
+    target: Annotated[
+        str, typer.Option("--out", help="Store to make, extend or go on with: a path or a URL.")
+    ],
     model: Annotated[
         str, typer.Option(help="Preset, hub id, local folder or .gguf file.")
     ] = "smollm2-135m",
@@ -88,6 +90,7 @@ def harvest(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the estimate, stop.")] = False,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Run the model once and write its residuals, compressed, into a store.
 
@@ -156,8 +159,9 @@ def _show(plan: HarvestPlan) -> None:
         f"width {spec.width}, rows of {spec.context}, codec {spec.codec}"
     )
     if plan.tokens_left:
+        free = "" if plan.bytes_free is None else f" ({size(plan.bytes_free)} free)"
         time_left = "" if plan.seconds_left is None else f", about {duration(plan.seconds_left)}"
         out.print(
             f"To do: {plan.tokens_left:,} of {plan.tokens:,} tokens, about "
-            f"{size(plan.bytes_left)} ({size(plan.bytes_free)} free){time_left}"
+            f"{size(plan.bytes_left)}{free}{time_left}"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -51,7 +50,7 @@ def harvest_by_share(plan: HarvestPlan, share: Share) -> None:
         out.print(f"The store is complete: routesae store info {plan.config.out}")
 
 
-def show_rate(tokens: int, seconds: float, target: Path) -> None:
+def show_rate(tokens: int, seconds: float, target: object) -> None:
     """What a harvest did."""
     rate = tokens / seconds if seconds else 0
     out.print(

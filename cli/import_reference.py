@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.console import err, layer_list, layer_name, out
+from cli.options import EndpointUrl
 
 
 def import_reference(
@@ -15,7 +16,7 @@ def import_reference(
         Path, typer.Argument(help="A state dict of the authors' code.", metavar="FILE.pt")
     ],
     sae: Annotated[str, typer.Option(help="What it is: topk, routesae, …; or topk:k=64,layer=12.")],
-    store: Annotated[Path, typer.Option(help="Residuals of the model it was trained on.")],
+    store: Annotated[str, typer.Option(help="Residuals of the model it was trained on.")],
     target: Annotated[Path, typer.Option("--out", help="Folder to make: the run.")],
     k: Annotated[int | None, typer.Option(help="TopK: active latents a token.")] = None,
     layer: Annotated[
@@ -31,6 +32,7 @@ def import_reference(
     soft: Annotated[
         bool, typer.Option("--soft", help="Route: it was trained on the mixture of all layers.")
     ] = False,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Make a run of a checkpoint that the RouteSAE authors' code has saved."""
     with err.status("Importing"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from routesae_cache.ray_pool import RayConfig
     from stores.codecs import ResidualCodec
+    from stores.place import Place
 
 
 class CodecKind(StrEnum):
@@ -21,7 +23,30 @@ class CodecKind(StrEnum):
     delta = "delta"
 
 
-StoreArgument = Annotated[Path, typer.Argument(help="An activation store.", metavar="STORE")]
+def _set_endpoint(url: str | None) -> str | None:
+    if url is not None:
+        if not url.startswith(("http://", "https://")):
+            raise typer.BadParameter(f"expected http://… or https://…, found {url!r}")
+        os.environ["AWS_ENDPOINT_URL"] = url  # of every store that the command opens
+    return url
+
+
+StoreArgument = Annotated[
+    str, typer.Argument(help="An activation store: a path or a URL.", metavar="STORE")
+]
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="Server for stores at s3://…  \\[default: Amazon's, or AWS_ENDPOINT_URL]",
+        callback=_set_endpoint,
+    ),
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Keep chunks that were read in this folder, for later epochs.")
+]
+CacheGb = Annotated[
+    float | None, typer.Option(help="--cache-dir: its size at most, in GB  \\[default: 100]")
+]
 Codec = Annotated[CodecKind, typer.Option(help="How residuals are compressed.")]
 Step = Annotated[
     float | None,
@@ -80,3 +105,15 @@ def ray_config(
         workers=1 if workers is None else workers,
         gpus_per_worker=gpus_per_worker or 0.0,
     )
+
+
+def open_cached(store: str, folder: Path | None, gigabytes: float | None) -> Place:
+    """A store's place, with what is read of it kept in a folder if there is one to be."""
+    from stores.cache import CachedPlace
+    from stores.places import as_place
+
+    if folder is None:
+        if gigabytes is not None:
+            raise ValueError("--cache-gb belongs to --cache-dir; name a folder")
+        return as_place(store)
+    return CachedPlace(as_place(store), folder, 100.0 if gigabytes is None else gigabytes)

@@ -18,10 +18,12 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from cli.console import duration, err, out, size
+from cli.options import EndpointUrl
 
 if TYPE_CHECKING:
     from routesae_cache.experiment import Experiment, Stage
     from routesae_cache.pipeline import Pipeline
+    from stores.place import Place
 
 COMMANDS: dict[Stage, str] = {
     "harvest": "harvest",
@@ -59,6 +61,7 @@ def pipeline(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what is done and what is to do, and stop.")
     ] = False,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Run every stage of an experiment, from harvest to report, that is not done yet."""
     if first is not None and only is not None:
@@ -106,7 +109,7 @@ class _Stages:
     def arguments(self, stage: Stage, read: Sequence[Path]) -> list[str]:
         """A command's arguments. `read`: runs, or for `interpret` the file with contexts."""
         experiment = self.experiment
-        paths: list[Path | str]
+        paths: list[Path | Place | str]
         match stage:
             case "harvest":
                 paths = ["--out", experiment.store]
@@ -219,7 +222,7 @@ class _Stages:
             else:
                 yield from (flag, ",".join(map(str, value)))
 
-    def _outputs(self, stage: Stage, written: list[Path]) -> list[Path]:
+    def _outputs(self, stage: Stage, written: list[Path]) -> Sequence[Path | Place]:
         """What a stage has made. `written`: what its commands said, where nobody knows before."""
         experiment = self.experiment
         match stage:

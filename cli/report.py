@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from cli.console import bar, err, out, size
-from cli.options import Device, pick_device
+from cli.options import Device, EndpointUrl, pick_device
 
 
 def report(
@@ -29,9 +29,11 @@ def report(
         typer.Option(help="Where the store's model is.  \\[default: the name the store has]"),
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="The store.  \\[default: where the runs say it is]")
+        str | None,
+        typer.Option(help="The store, a path or a URL.  \\[default: where the runs say it is]"),
     ] = None,
     device: Device = "auto",
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Make one self-contained page of all results: table, plots, latents, routing on text."""
     with err.status("Looking for runs and results"):

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.console import bar, err, out
-from cli.options import Device, Seed, pick_device
+from cli.options import Device, EndpointUrl, Seed, pick_device
 
 if TYPE_CHECKING:
     from routesae_cache.steering.changes import ChangeKind, LatentChange
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def steer(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
-    store: Annotated[Path, typer.Option(help="The activation store it was trained from.")],
+    store: Annotated[str, typer.Option(help="The activation store it was trained from.")],
     latent: Annotated[list[int], typer.Option(help="Latent to change; repeat for several.")],
     set_to: Annotated[
         list[float] | None,
@@ -57,6 +57,7 @@ def steer(
         str | None, typer.Option(help="Where the store's model is now  \\[default: its name there]")
     ] = None,
     device: Device = "auto",
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Change latents of an SAE while the model generates, beside its text without that."""
     with err.status("Reading the options"):

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from cli.console import bar, err, layer_list, layer_name, out, size
-from cli.options import Codec, CodecKind, KeyframeEvery, Step, StoreArgument, build_codec
+from cli.options import (
+    Codec,
+    CodecKind,
+    EndpointUrl,
+    KeyframeEvery,
+    Step,
+    StoreArgument,
+    build_codec,
+)
 
 if TYPE_CHECKING:
     from stores.reader import StoreReader
+
+Source = Annotated[str, typer.Argument(help="Store to read: a path or a URL.", metavar="SRC")]
+Target = Annotated[str, typer.Argument(help="Store to make or go on with.", metavar="DST")]
 
 
 def info(
     store: StoreArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Show what is in a store, how big it is, what its codec loses and where it came from."""
     from stores.reader import StoreReader
@@ -79,7 +90,7 @@ def _facts(reader: StoreReader) -> dict[str, Any]:
     }
 
 
-def verify(store: StoreArgument) -> None:
+def verify(store: StoreArgument, endpoint_url: EndpointUrl = None) -> None:
     """Read every committed chunk and check every byte; exit code 1 with a list of what is bad."""
     from stores.reader import StoreReader
 
@@ -102,11 +113,12 @@ def verify(store: StoreArgument) -> None:
 
 
 def recode(
-    source: Annotated[Path, typer.Argument(help="Store to read.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Store to make or go on with.", metavar="DST")],
+    source: Source,
+    target: Target,
     codec: Codec = CodecKind.delta,
     step: Step = None,
     keyframe_every: KeyframeEvery = None,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Write a store again in another codec, without the model."""
     resolved = build_codec(codec, step, keyframe_every)
@@ -120,3 +132,19 @@ def recode(
             on_chunk=lambda done, total: update(completed=done, total=total),
         )
     out.print(f"{chunks} chunks in {target}; look at it: routesae store info {target}")
+
+
+def copy(source: Source, target: Target, endpoint_url: EndpointUrl = None) -> None:
+    """Copy a store to another place, checking every byte of it there; goes on where it stopped."""
+    from stores.copy import copy_store
+
+    with bar("Copying") as update:
+        copied = copy_store(
+            source, target, on_chunk=lambda done, total: update(completed=done, total=total)
+        )
+    out.print(
+        f"{copied.chunks} chunks are in {target}, {copied.copied} of them copied and read back now "
+        f"({size(copied.bytes)}); look at it: routesae store info {target}"
+    )
+    if copied.left:
+        out.print(f"{copied.left} chunks are not harvested yet in {source}.")

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from cli.console import err
-from cli.options import Device, GpusPerWorker, Ray, StoreArgument, Workers, pick_device, ray_config
+from cli.options import (
+    CacheDir,
+    CacheGb,
+    Device,
+    EndpointUrl,
+    GpusPerWorker,
+    Ray,
+    StoreArgument,
+    Workers,
+    open_cached,
+    pick_device,
+    ray_config,
+)
 from cli.training import (
     Log,
     Nproc,
@@ -49,6 +61,9 @@ def sweep(
     wandb_name: WandbName = None,
     wandb_group: WandbGroup = None,
     wandb_mode: WandbMode = None,
+    endpoint_url: EndpointUrl = None,
+    cache_dir: CacheDir = None,
+    cache_gb: CacheGb = None,
 ) -> None:
     """Train all SAEs that a file describes in one pass over a store."""
     cluster = ray_config(ray, workers, gpus_per_worker, device)
@@ -71,4 +86,5 @@ def sweep(
             ),
             **described.train,
         )
-    run_pass(store, described.specs, config, nproc, cluster)
+    place = open_cached(store, cache_dir, cache_gb)
+    run_pass(place, described.specs, config, nproc, cluster)

@@ -9,12 +9,16 @@ import typer
 
 from cli.console import err
 from cli.options import (
+    CacheDir,
+    CacheGb,
     Device,
+    EndpointUrl,
     GpusPerWorker,
     Ray,
     Seed,
     StoreArgument,
     Workers,
+    open_cached,
     pick_device,
     ray_config,
 )
@@ -109,6 +113,9 @@ def train(
     wandb_name: WandbName = None,
     wandb_group: WandbGroup = None,
     wandb_mode: WandbMode = None,
+    endpoint_url: EndpointUrl = None,
+    cache_dir: CacheDir = None,
+    cache_gb: CacheGb = None,
 ) -> None:
     """Train sparse autoencoders from a store; several at once share one pass over it."""
     options: dict[str, Any] = {
@@ -150,4 +157,4 @@ def train(
                 wandb_mode=wandb_mode,
             ),
         )
-    run_pass(store, specs, config, nproc, cluster)
+    run_pass(open_cached(store, cache_dir, cache_gb), specs, config, nproc, cluster)

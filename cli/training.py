@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from routesae_cache.runs import RunState
     from routesae_cache.saes.registry import SaeSpec
     from routesae_cache.train import TrainConfig, TrainProgress, TrainResult, TrainStart
+    from stores.place import Place
 
 _NAMED_RUNS = 4  # more are named by their folder in the command that measures them
 
@@ -101,7 +102,7 @@ def log_config(
 
 
 def run_pass(
-    store: Path,
+    store: Place,
     specs: Sequence[SaeSpec],
     config: TrainConfig,
     nproc: int = 1,
@@ -131,7 +132,7 @@ def run_pass(
     _raise(launch(_process, nproc, (store, specs, config)), nproc)
 
 
-def _process(store: Path, specs: Sequence[SaeSpec], config: TrainConfig) -> None:
+def _process(store: Place, specs: Sequence[SaeSpec], config: TrainConfig) -> None:
     """One of several processes, from its beginning to its exit code."""
     try:
         handled(_share)(store, specs, config)
@@ -155,7 +156,7 @@ def _raise(ended: Ended, nproc: int) -> None:
 
 
 def _share(
-    store: Path, specs: Sequence[SaeSpec], config: TrainConfig, cluster: RayConfig | None = None
+    store: Place, specs: Sequence[SaeSpec], config: TrainConfig, cluster: RayConfig | None = None
 ) -> None:
     """This process's share of a pass, which is all of it unless it was started as one of several.
 
@@ -184,7 +185,7 @@ def _share(
 
 
 def _pass(
-    store: Path,
+    store: Place,
     specs: Sequence[SaeSpec],
     config: TrainConfig,
     world: World,
@@ -275,7 +276,7 @@ def runs_table(runs: Sequence[RunState]) -> Table:
     return table
 
 
-def _report(store: Path, folder: Path, result: TrainResult) -> None:
+def _report(store: Place, folder: Path, result: TrainResult) -> None:
     out.print(runs_table(result.runs))
     if result.tokens:
         rate = result.tokens / result.seconds

@@ -22,6 +22,7 @@ from routesae_cache.metrics import (
     Spliced,
 )
 from routesae_cache.trained import OWN_RULE, ReadingRule, Residuals, TrainedSae, layers_read
+from stores.places import Where
 from stores.reader import StoreReader
 from stores.spec import Split, StoreSpec
 
@@ -75,7 +76,7 @@ class Evaluation:
         }
 
 
-def evaluation_record(store: Path, split: Split, results: Sequence[Evaluation]) -> dict[str, Any]:
+def evaluation_record(store: Where, split: Split, results: Sequence[Evaluation]) -> dict[str, Any]:
     """All results of one call as a JSON object."""
     return {
         "kind": "evaluation",

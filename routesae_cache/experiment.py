@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from routesae_cache.sweep import EXPERIMENT_KEYS, Sweep, load_toml, read_sweep
+from stores.place import Place
+from stores.places import as_place
 
 Stage = Literal["harvest", "train", "evaluate", "contexts", "interpret", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -37,7 +39,7 @@ class Experiment:
     """The file with `[train]` and `[[sae]]`."""
     out: Path
     """Folder for everything but a store that is named."""
-    store: Path
+    store: Place
     sweep: Sweep
     options: Mapping[Stage, Options]
     """Of each stage; `train` has the tables `train` and `sae` as they are written."""
@@ -67,7 +69,8 @@ def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment's file, but for options whose meaning the commands know.
 
     Without `store`, its name has a key of the harvest's options, so that other options make
-    another store and nothing is overwritten. Paths are relative to the working directory.
+    another store and nothing is overwritten. It may be a URL. Paths are relative to the working
+    directory.
 
     Raises:
         ExperimentError: for missing or mistyped keys.
@@ -104,7 +107,9 @@ def read_experiment(path: Path) -> Experiment:
         path=path,
         sweep_file=sweep_file,
         out=out,
-        store=_path(path, tables, "store") or out / f"store-{_key(options['harvest'])}.zarr",
+        store=as_place(
+            _text(path, tables, "store") or out / f"store-{_key(options['harvest'])}.zarr"
+        ),
         sweep=sweep,
         options=options,
         interprets="interpret" in tables,
@@ -112,12 +117,15 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def _path(path: Path, tables: Options, key: str) -> Path | None:
+    value = _text(path, tables, key)
+    return None if value is None else Path(value).expanduser()
+
+
+def _text(path: Path, tables: Options, key: str) -> str | None:
     value = tables.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value:
+    if value is not None and (not isinstance(value, str) or not value):
         raise ExperimentError(f"{path}: {key}: expected a path as a text; got {value!r}")
-    return Path(value).expanduser()
+    return value
 
 
 def _key(harvest: Options) -> str:

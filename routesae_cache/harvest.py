@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from routesae_cache.tokens import Row, rows
 from stores.codecs import Codes, Encoded, Float32, join_blocks
 from stores.errors import NonFiniteError, SpecMismatchError, StoreError
 from stores.layout import TokenRows
+from stores.places import as_place
 from stores.reader import StoreReader
 from stores.spec import Record, StoreSpec
 from stores.stats import StatsBuilder
@@ -117,7 +117,7 @@ def store_with_rows(plan: HarvestPlan, model: Record, progress: Progress) -> Ite
                 _fill_rows(writer, plan, plan.text, progress)
             except ValueError:
                 if not writer.spec.rows:
-                    shutil.rmtree(writer.path)  # made just now, for nothing
+                    writer.path.remove_all()  # made just now, for nothing
                 raise
         yield writer
 
@@ -133,12 +133,12 @@ def open_existing(plan: HarvestPlan, model: Record, *, shared: bool) -> StoreWri
 
 
 def _open_alone(plan: HarvestPlan, spec: StoreSpec) -> StoreWriter:
-    out = plan.config.out
+    out = as_place(plan.config.out)
     if plan.existing is not None:
         return open_existing(plan, spec.model, shared=False)
     if out.exists():  # it was stopped before its rows were complete: nothing is lost
         StoreWriter(out).close()
-        shutil.rmtree(out)
+        out.remove_all()
     return StoreWriter.create(out, spec)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +22,10 @@ from routesae_cache.presets import ModelSizes
 from routesae_cache.text import TextConfig, TextSource, open_text
 from routesae_cache.tokens import Packing, Tokenizer, load_tokenizer
 from stores.codecs import DeltaCodec, ResidualCodec
-from stores.errors import SpecMismatchError, StoreError
+from stores.errors import SpecMismatchError
 from stores.layout import committed_chunks, read_spec
+from stores.place import Place
+from stores.places import Where, as_place
 from stores.spec import Record, StoreSpec
 
 _CHUNK_VALUES = 1 << 22  # of one layer: a few MB of codes
@@ -39,7 +39,8 @@ class HarvestConfig:
 
     model: str
     dataset: str
-    out: Path
+    out: Where
+    """A path or a URL."""
     tokens: int
     """Tokens of the train split, rounded up to whole chunks; more than there are extends."""
     eval_tokens: int
@@ -91,7 +92,8 @@ class HarvestPlan:
     """Tokens whose residuals are still to be computed."""
     bytes_left: int
     """Estimate of what is still to be written."""
-    bytes_free: int
+    bytes_free: int | None
+    """None where there is no limit."""
     seconds_left: float | None
     """Estimate of the forward passes, from the rate of a matrix product measured just now; None
     where they are not this machine's."""
@@ -103,7 +105,7 @@ class HarvestPlan:
 
     def check_disk(self) -> None:
         """ValueError where the estimate does not fit the disk."""
-        if self.bytes_left > self.bytes_free:
+        if self.bytes_free is not None and self.bytes_left > self.bytes_free:
             raise ValueError(
                 f"{self.config.out}: about {self.bytes_left / 1e6:,.0f} MB are still to "
                 f"be written, {self.bytes_free / 1e6:,.0f} MB are free; free space, or ask for "
@@ -129,19 +131,20 @@ def plan_harvest(config: HarvestConfig, *, here: bool = True) -> HarvestPlan:
         raise ValueError(f"context {config.context} is beyond the model's {shape.context_limit}")
     tokenizer = load_tokenizer(source)
     device = resolve_device(config.device) if here else config.device
-    existing = _existing(config.out)
+    out = as_place(config.out)
+    existing = _existing(out)
     text = _text(config, existing)
     asked = _spec(config, source, shape, tokenizer, text, device)
     if existing is not None:
         asked = _with_unknowns_of(existing, asked)
         if differences := existing.differences(asked):
-            raise SpecMismatchError(config.out, differences)
+            raise SpecMismatchError(out, differences)
     grows = existing is None or (config.tokens > existing.train_tokens and not existing.exhausted)
     if existing is not None and grows:
         tokens = max(config.tokens, existing.train_tokens) + existing.eval_tokens
     else:
         tokens = existing.tokens if existing else config.tokens + config.eval_tokens
-    left = tokens - _tokens_done(config.out, existing)
+    left = tokens - _tokens_done(out, existing)
     per_token = asked.codec.estimated_bits(len(asked.layers), shape.width) / 8
     seconds_left = left * _seconds_per_token(source, asked, device) if here and left else 0.0
     return HarvestPlan(
@@ -155,12 +158,12 @@ def plan_harvest(config: HarvestConfig, *, here: bool = True) -> HarvestPlan:
         tokens=tokens,
         tokens_left=left,
         bytes_left=int(left * asked.values_per_token * per_token),
-        bytes_free=_free_bytes(config.out),
+        bytes_free=out.free_bytes(),
         seconds_left=seconds_left if here else None,
     )
 
 
-def _existing(out: Path) -> StoreSpec | None:
+def _existing(out: Place) -> StoreSpec | None:
     if not out.exists():
         return None
     spec = read_spec(out)
@@ -229,24 +232,12 @@ def _with_unknowns_of(existing: StoreSpec, asked: StoreSpec) -> StoreSpec:
     return dataclasses.replace(asked, model=model, text={**existing.text, **asked.text})
 
 
-def _tokens_done(out: Path, existing: StoreSpec | None) -> int:
+def _tokens_done(out: Place, existing: StoreSpec | None) -> int:
     if existing is None:
         return 0
     done = committed_chunks(out, existing)
     rows: int = sum(r.stop - r.start for r in map(existing.chunk_range, done))
     return round(existing.tokens * rows / existing.rows)
-
-
-def _free_bytes(out: Path) -> int:
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise StoreError(f"{out} cannot be made: {folder} is not a directory")
-    if not os.access(folder, os.W_OK):
-        raise StoreError(f"{out} cannot be made: {folder} cannot be written to")
-    free: int = shutil.disk_usage(folder).free
-    return free
 
 
 def _seconds_per_token(source: ModelSource, spec: StoreSpec, device: str) -> float:

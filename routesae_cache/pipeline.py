@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from routesae_cache.json_files import read_json, write_json
 from routesae_cache.runs import run_names
 from routesae_cache.sweep import complete
 from stores.layout import read_spec
+from stores.place import Place
+from stores.places import as_place
 
 STATE = "pipeline.json"
+_DESCRIPTION = "zarr.json"
 _WHOLE_BYTES = 1 << 28  # larger files are sampled at both ends
 _SAMPLE_BYTES = 1 << 20
 
@@ -92,11 +96,26 @@ class Pipeline:
             return "; ".join(changes)
         if changed := _changed(record.inputs, fingerprints(self.inputs(stage))):
             return "changed: " + ", ".join(changed)
-        if changed := _changed(record.outputs, fingerprints(map(Path, record.outputs))):
+        if changed := _changed(record.outputs, fingerprints(self._outputs(record))):
             return "its result is not the one it made: " + ", ".join(changed)
         return None
 
-    def inputs(self, stage: Stage) -> list[Path]:
+    def _outputs(self, record: StageRecord) -> list[Path | Place]:
+        """What a stage made; ValueError where that is not the experiment's."""
+        experiment, found = self.experiment, list[Path | Place]()
+        for name in record.outputs:
+            if name == str(experiment.store):
+                found.append(experiment.store)
+            elif Path(name).resolve().is_relative_to(experiment.out.resolve()):
+                found.append(Path(name))
+            else:
+                raise ValueError(
+                    f"{experiment.out / STATE} names {name} as a result, which is neither in "
+                    f"{experiment.out} nor the store; remove the file to run every stage again"
+                )
+        return found
+
+    def inputs(self, stage: Stage) -> list[Path | Place]:
         """Files and folders that a stage reads."""
         experiment = self.experiment
         match stage:
@@ -107,10 +126,10 @@ class Pipeline:
             case "evaluate" | "contexts":
                 return [experiment.store, *self.finished_runs()]
             case "interpret":
-                return self.made_by("contexts")
+                return [*self.made_by("contexts")]
             case "report":
-                before = [self.made_by(stage) for stage in STAGES[:-1]]
-                return [path for paths in before for path in paths]
+                records = (self.records.get(stage) for stage in STAGES[:-1])
+                return [path for record in records if record for path in self._outputs(record)]
 
     def _options(self, stage: Stage) -> dict[str, Any]:
         """A stage's options as JSON has them, which knows no dates and no tuples."""
@@ -120,19 +139,12 @@ class Pipeline:
         return options
 
     def made_by(self, stage: Stage) -> list[Path]:
-        """What a stage made when it was last run; ValueError where that is not the experiment's."""
+        """Files that a stage made when it was last run; ValueError as `_outputs`."""
         record = self.records.get(stage)
-        paths = [Path(name) for name in record.outputs] if record else []
-        out, store = self.experiment.out.resolve(), self.experiment.store.resolve()
-        for path in paths:
-            if path.resolve() != store and not path.resolve().is_relative_to(out):
-                raise ValueError(
-                    f"{self.experiment.out / STATE} names {path} as a result, which is neither in "
-                    f"{self.experiment.out} nor the store; remove the file to run every stage again"
-                )
-        return paths
+        outputs = self._outputs(record) if record else []
+        return [path for path in outputs if isinstance(path, Path)]
 
-    def finish(self, stage: Stage, outputs: Sequence[Path], seconds: float) -> None:
+    def finish(self, stage: Stage, outputs: Sequence[Path | Place], seconds: float) -> None:
         """Record that a stage has just been run."""
         record = StageRecord(
             options=self._options(stage),
@@ -143,13 +155,15 @@ class Pipeline:
         self.records.set(stage, record)
 
 
-def fingerprints(paths: Iterable[Path]) -> Fingerprints:
+def fingerprints(paths: Iterable[Path | Place]) -> Fingerprints:
     """What tells one content from another, by path; `missing` where there is none."""
     return {str(path): fingerprint(path) for path in paths}
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path | Place) -> str:
     """A sha256 over a file, a run or a store; of a store, over its description and digests."""
+    if isinstance(path, Place) or (path / _DESCRIPTION).exists():
+        return _fingerprint_of_store(as_place(path))
     digest = hashlib.sha256()
     for part in _parts(path):
         digest.update(f"{part.relative_to(path)}\n".encode())
@@ -158,12 +172,25 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest() if path.exists() else "missing"
 
 
+def _fingerprint_of_store(store: Place) -> str:
+    if not store.exists():
+        return "missing"
+    digest = hashlib.sha256()
+    keys = [_DESCRIPTION]
+    for name in sorted(store.names("digest/c")):
+        keys += [f"digest/c/{name}", f"digest/c/{name}/0"]
+    for key, read in zip(keys, store.fetch(keys), strict=True):
+        digest.update(f"{key}\n".encode())
+        with suppress(FileNotFoundError, IsADirectoryError):  # missing is another fingerprint
+            content = read()
+            digest.update(f"{len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
 def _parts(path: Path) -> list[Path]:
     """The files that stand for a path."""
     if path.is_file():
         return [path]
-    if (path / "zarr.json").exists():
-        return [path / "zarr.json", *sorted((path / "digest" / "c").rglob("*[0-9]"))]
     return [path / name for name in (CONFIG, WEIGHTS, FAILED) if (path / name).exists()]
 
 

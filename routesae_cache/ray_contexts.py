@@ -20,6 +20,7 @@ from routesae_cache.contexts.findings import Findings
 from routesae_cache.contexts.mining import NO_TYPE, Activations
 from routesae_cache.devices import resolve_device
 from routesae_cache.ray_pool import RayConfig, Worker, pool
+from stores.place import Place
 from stores.reader import StoreReader
 
 _PARTS_PER_WORKER = 4
@@ -88,7 +89,7 @@ class _Miner(Worker[Chunks, _Part]):
     """Loads the SAEs once, looks through the chunks that it is told."""
 
     def __init__(
-        self, store: Path, runs: Sequence[Path], config: ContextsConfig, folder: Path
+        self, store: Place, runs: Sequence[Path], config: ContextsConfig, folder: Path
     ) -> None:
         resolve_device(config.device)
         self._mining, self._folder = Mining(StoreReader(store), runs, config), folder

@@ -21,6 +21,7 @@ from routesae_cache.splicing.evaluate import (
 )
 from routesae_cache.splicing.passes import ChunkRows, first_rows
 from routesae_cache.trained import ReadingRule, TrainedSae
+from stores.place import Place
 from stores.reader import StoreReader
 
 _Found = list[list[RowsSums]]
@@ -73,7 +74,7 @@ class _Splicer(Worker[ChunkRows, _Found]):
 
     def __init__(
         self,
-        store: Path,
+        store: Place,
         model: str | None,
         rules: Sequence[tuple[Path, ReadingRule]],
         config: SplicedConfig,

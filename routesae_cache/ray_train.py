@@ -30,6 +30,7 @@ from routesae_cache.train import (
     prepare,
     train,
 )
+from stores.place import Place
 from stores.reader import StoreReader
 
 Group = tuple[int, ...]
@@ -115,7 +116,7 @@ class _At(NamedTuple):
 class _Trainer(Worker[Group, TrainResult]):
     """Trains the SAEs that it is told, all of them in one pass."""
 
-    def __init__(self, store: Path, saes: Sequence[Asked], config: TrainConfig) -> None:
+    def __init__(self, store: Place, saes: Sequence[Asked], config: TrainConfig) -> None:
         resolve_device(config.device)
         keep_freed_memory()
         self._reader, self._saes, self._config = StoreReader(store), saes, config

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Self
 
 from routesae_cache.harvest import (
@@ -21,6 +20,8 @@ from routesae_cache.harvest import (
 from routesae_cache.harvest_plan import HarvestConfig, HarvestPlan, plan_harvest
 from stores.errors import NotAStoreError, StoreError, StoreLockedError
 from stores.layout import committed_chunks, read_spec
+from stores.place import Place
+from stores.places import as_place
 from stores.spec import Record
 from stores.writer import StoreWriter
 
@@ -147,7 +148,7 @@ def open_shared(plan: HarvestPlan, model: Record) -> StoreWriter:
 
 def _with_rows_of_worker_0(plan: HarvestPlan, share: Share, progress: Progress) -> HarvestPlan:
     """Wait until the token rows are there, and plan anew from them."""
-    out, first = plan.config.out, f"--worker 0/{share.of}"
+    out, first = as_place(plan.config.out), f"--worker 0/{share.of}"
     logger.info(
         "Waiting for worker 0 to write the token rows of %s. If it is not running, start it: "
         "the same command with %s",
@@ -178,9 +179,6 @@ def _rows_are_there(config: HarvestConfig) -> bool:
     return spec.rows > 0 and (spec.train_tokens >= config.tokens or spec.exhausted)
 
 
-def _sign_of_life(out: Path) -> int | None:
+def _sign_of_life(out: Place) -> int:
     """Something that changes with each chunk of token rows."""
-    try:
-        return (out / "tokens" / "c").stat().st_mtime_ns
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return len(out.names("tokens/c"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -22,7 +21,7 @@ class NotAStoreError(StoreError):
 class NewerFormatError(StoreError):
     """The store was written by a later version of this package."""
 
-    def __init__(self, path: Path, found: int, known: int) -> None:
+    def __init__(self, path: object, found: int, known: int) -> None:
         super().__init__(
             f"{path}: store format {found} is newer than format {known}, the latest known here; "
             "upgrade routesae-cache"
@@ -32,7 +31,7 @@ class NewerFormatError(StoreError):
 class SpecMismatchError(StoreError):
     """The store holds something other than what was asked for."""
 
-    def __init__(self, path: Path, differences: Sequence[str]) -> None:
+    def __init__(self, path: object, differences: Sequence[str]) -> None:
         super().__init__(
             f"{path} was harvested with other settings:\n"
             + "\n".join(f"  {line}" for line in differences)
@@ -43,7 +42,7 @@ class SpecMismatchError(StoreError):
 class IncompleteStoreError(StoreError):
     """Chunks that are needed were never committed."""
 
-    def __init__(self, path: Path, missing: int, total: int, split: str) -> None:
+    def __init__(self, path: object, missing: int, total: int, split: str) -> None:
         super().__init__(
             f"{path}: {missing} of {total} chunks of the {split} split are not harvested yet; "
             "run the same harvest command again, it goes on where it stopped"
@@ -55,16 +54,34 @@ class IncompleteStoreError(StoreError):
 class StoreLockedError(StoreError):
     """Another process is writing to the store."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: object) -> None:
         super().__init__(
             f"{path} is being written to by another process; wait for it to end or stop it"
         )
 
 
+class LockLostError(StoreLockedError):
+    """This process could not show for too long that it lives; another may be writing by now."""
+
+    def __init__(self, path: object, seconds: float) -> None:
+        StoreError.__init__(
+            self,
+            f"{path}: its lock could not be renewed for {seconds:.0f} s, another process may have "
+            "taken it; nothing more is written. See the network and run the same command again",
+        )
+
+
+class PlaceError(StoreError):
+    """The place of a store cannot be reached or refuses; what is committed there is intact."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+
+
 class CorruptChunkError(StoreError):
     """A committed chunk does not read back as it was written."""
 
-    def __init__(self, path: Path, chunk: int, array: str, reason: str) -> None:
+    def __init__(self, path: object, chunk: int, array: str, reason: str) -> None:
         super().__init__(
             f"{path}: chunk {chunk} of array {array} is corrupt: {reason}; "
             "`routesae store verify` lists all that is bad"

@@ -7,27 +7,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
+from zarr.buffer import cpu
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
+from stores.chunk_files import STRING
 from stores.codecs import ArrayLayout
 from stores.errors import NewerFormatError, NotAStoreError
 from stores.json_checksum import json_checksum
+from stores.place import Place
+from stores.places import Where, as_place
 from stores.spec import FORMAT_VERSION, Record, StoreSpec
 
 ATTRIBUTE = "routesae_store"
 CHECKSUM = "routesae_store_crc32c"
+_DESCRIPTION = "zarr.json"
 ROW_ARRAYS = ("tokens", "lengths", "documents")
 STAT_ARRAYS = ("count", "sum", "sum_squares", "distortion")
 Rows = NDArray[Any]
-_DTYPES = {"string": "StringDType()"}  # what numpy calls it
+_DTYPES = {STRING: "StringDType()"}  # what numpy calls it
 _METADATA_ERRORS = (KeyError, TypeError, ValueError)  # of zarr, reading a malformed zarr.json
 
 
@@ -84,9 +92,9 @@ class StoredArray(NamedTuple):
         """Shape in a store with the row counts of `spec`."""
         return (spec.rows if self.by == "row" else spec.chunks, *self.inner)
 
-    def chunk_file(self, path: Path, chunk: int) -> Path:
+    def chunk_key(self, chunk: int) -> str:
         """The file that holds the values of one chunk."""
-        return path.joinpath(self.name, "c", str(chunk), *["0"] * len(self.inner))
+        return "/".join([self.name, "c", str(chunk), *["0"] * len(self.inner)])
 
     def chunk_shape(self, spec: StoreSpec) -> tuple[int, ...]:
         """Shape of a zarr chunk, which is one file."""
@@ -109,7 +117,7 @@ def stored_arrays(spec: StoreSpec) -> Iterator[StoredArray]:
     """Every array of a store; all but the last two have a checksum in `digest`, in this order."""
     yield StoredArray("tokens", "int32", (spec.context,))
     yield StoredArray("lengths", "int32")
-    yield StoredArray("documents", "string")
+    yield StoredArray("documents", STRING)
     for layer, layout in residual_arrays(spec):
         inner = (spec.context, layout.per_token) if layout.per_token else (spec.context,)
         name = residual_array(layer, layout)
@@ -137,8 +145,10 @@ def checksum(values: Rows) -> int:
     return int(google_crc32c.value(np.ascontiguousarray(values).view(np.uint8).reshape(-1)))
 
 
-def create_arrays(group: zarr.Group, spec: StoreSpec) -> None:
-    """Make every array of an empty store, for `spec.rows` rows."""
+def new_store(spec: StoreSpec) -> dict[str, bytes]:
+    """The files of an empty store with arrays for `spec.rows` rows."""
+    files: dict[str, Buffer] = {}
+    group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
     compressors: dict[str, Any] = {
         "zstd": ZstdCodec(level=1),
         "shuffled-zstd": BloscCodec(cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle),
@@ -150,22 +160,27 @@ def create_arrays(group: zarr.Group, spec: StoreSpec) -> None:
             chunks=stored.chunk_shape(spec),
             dtype=stored.dtype,
             compressors=[compressors[stored.compression], Crc32cCodec()],
-            fill_value="" if stored.dtype == "string" else 0,
+            fill_value="" if stored.dtype == STRING else 0,
             config={"write_empty_chunks": True},
         )
+    _set_spec(group, spec)
+    return {key: content.to_bytes() for key, content in files.items()}
 
 
-def open_group(path: Path, mode: Literal["r", "r+"]) -> zarr.Group:
-    """The zarr group of a store whose description was read; NotAStoreError."""
+def check_arrays(place: Place, spec: StoreSpec) -> None:
+    """NotAStoreError where an array is not what `spec` says. It may be longer."""
     try:
-        return zarr.open_group(path, mode=mode, zarr_format=3)
+        group = zarr.open_group(place.zarr_store(), mode="r", zarr_format=3)
     except _METADATA_ERRORS as error:
-        raise NotAStoreError(f"{path}: expected a zarr v3 group: {error}") from error
+        raise NotAStoreError(f"{place}: expected a zarr v3 group: {error}") from error
+    check = partial(_check_array, place, group, spec)
+    with ThreadPoolExecutor(place.parallel) as pool:
+        for _ in pool.map(check, stored_arrays(spec)):
+            pass
 
 
-def open_array(group: zarr.Group, spec: StoreSpec, stored: StoredArray) -> zarr.Array[Any]:
-    """One array; NotAStoreError where it is not what `spec` says. It may be longer."""
-    where = f"{group.store_path}: array {stored.name}"
+def _check_array(place: Place, group: zarr.Group, spec: StoreSpec, stored: StoredArray) -> None:
+    where = f"{place}: array {stored.name}"
     try:
         array = group[stored.name]
     except _METADATA_ERRORS as error:
@@ -185,28 +200,31 @@ def open_array(group: zarr.Group, spec: StoreSpec, stored: StoredArray) -> zarr.
             f"{where}: expected at least {length} of (dtype, shape, chunks, separator) {expected}, "
             f"found {array.shape[0]} of {found}"
         )
-    return array.with_config({"write_empty_chunks": True})
 
 
-def read_spec(path: Path) -> StoreSpec:
-    """The description of the store at `path`; NotAStoreError or NewerFormatError."""
+def read_spec(where: Where) -> StoreSpec:
+    """The description of the store at a path or URL; NotAStoreError or NewerFormatError."""
+    place = as_place(where)
     try:
-        attributes = json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]
-        record = attributes[ATTRIBUTE]
+        content = place.read(_DESCRIPTION)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        found = "nothing there" if not path.exists() else "something that is not a zarr v3 group"
+        found = "something that is not a zarr v3 group" if place.exists() else "nothing there"
         raise NotAStoreError(
-            f"{path}: expected an activation store, found {found}; make one with `routesae harvest`"
+            f"{place}: expected an activation store, found {found}; "
+            "make one with `routesae harvest`"
         ) from None
+    try:
+        attributes = json.loads(content)["attributes"]
+        record = attributes[ATTRIBUTE]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise NotAStoreError(
-            f"{path}: expected an activation store; its zarr.json lacks a readable "
+            f"{place}: expected an activation store; its zarr.json lacks a readable "
             f"attribute {ATTRIBUTE!r} ({error})"
         ) from None
-    return _parse_spec(path, record, attributes.get(CHECKSUM))
+    return _parse_spec(place, record, attributes.get(CHECKSUM))
 
 
-def _parse_spec(path: Path, record: Any, checksum: Any) -> StoreSpec:
+def _parse_spec(path: Place, record: Any, checksum: Any) -> StoreSpec:
     version = record.get("format_version") if isinstance(record, dict) else None
     if type(version) is not int or version < 1:
         raise NotAStoreError(f"{path}: expected a store's format version, found {version!r}")
@@ -223,25 +241,36 @@ def _parse_spec(path: Path, record: Any, checksum: Any) -> StoreSpec:
         raise NotAStoreError(f"{path}: {error}") from error
 
 
-def set_spec(group: zarr.Group, spec: StoreSpec) -> None:
-    """Replace the description, in one atomic step."""
-    record = spec.to_dict()
-    attributes: Record = {ATTRIBUTE: record, CHECKSUM: json_checksum(record)}
-    group.update_attributes(attributes)
+def grow(place: Place, spec: StoreSpec) -> None:
+    """Give every array the length that `spec` implies, then replace the description.
 
-
-def resize(group: zarr.Group, spec: StoreSpec) -> None:
-    """Give every array the length that `spec` implies."""
+    Both in steps that are atomic and durable, after all that was written before.
+    """
+    place.sync()
+    keys = [_DESCRIPTION, *(f"{stored.name}/{_DESCRIPTION}" for stored in stored_arrays(spec))]
+    before = {key: read() for key, read in zip(keys, place.fetch(keys), strict=True)}
+    files: dict[str, Buffer] = {
+        key: cpu.Buffer.from_bytes(content) for key, content in before.items()
+    }
+    group = zarr.open_group(MemoryStore(files), mode="r+", zarr_format=3)
     for stored in stored_arrays(spec):
         array = group[stored.name]
         assert isinstance(array, zarr.Array)
         if array.shape != stored.shape(spec):
             array.resize(stored.shape(spec))
+    _set_spec(group, spec)
+    for key in reversed(keys):  # the description last
+        if (content := files[key].to_bytes()) != before[key]:
+            place.write(key, content, durable=True)
 
 
-def committed_chunks(path: Path, spec: StoreSpec) -> list[int]:
+def _set_spec(group: zarr.Group, spec: StoreSpec) -> None:
+    record = spec.to_dict()
+    attributes: Record = {ATTRIBUTE: record, CHECKSUM: json_checksum(record)}
+    group.update_attributes(attributes)
+
+
+def committed_chunks(where: Where, spec: StoreSpec) -> list[int]:
     """Chunks whose last write is down, ascending: those with an element file in `committed`."""
-    folder = path / "committed" / "c"
-    names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
-    found = sorted(int(name) for name in names if name.isdigit())
+    found = sorted(int(name) for name in as_place(where).names("committed/c") if name.isdigit())
     return [chunk for chunk in found if chunk < spec.chunks]

@@ -59,6 +59,40 @@ class FileLock:
         os.close(self._handle)
 
 
+class FileLocks:
+    """What one process holds of the store in a directory."""
+
+    def __init__(self, store: Path, lock: FileLock) -> None:
+        self._store, self._lock = store, lock
+        self._chunks: dict[int, FileLock] = {}
+
+    @classmethod
+    def take(cls, store: Path, *, shared: bool) -> Self | None:
+        """The store's lock, or None while somebody has it that it cannot be shared with."""
+        lock = take_store(store, shared=shared)
+        return None if lock is None else cls(store, lock)
+
+    def take_chunk(self, chunk: int) -> bool:
+        """Take a chunk; False while another process has it."""
+        lock = take_chunk(self._store, chunk)
+        if lock is not None:
+            self._chunks[chunk] = lock
+        return lock is not None
+
+    def leave_chunk(self, chunk: int) -> None:
+        """Give a chunk back."""
+        self._chunks.pop(chunk).release(remove=True)
+
+    def check(self) -> None:
+        """The operating system keeps these locks as long as the process lives."""
+
+    def close(self) -> None:
+        """Give everything back."""
+        for chunk in list(self._chunks):
+            self.leave_chunk(chunk)
+        leave_store(self._store, self._lock)
+
+
 def take_store(store: Path, *, shared: bool) -> FileLock | None:
     """The lock on a store: one process alone, or any number that share it to fill chunks."""
     return FileLock.take(store / FOLDER / _STORE, shared=shared)

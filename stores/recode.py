@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from stores.codecs import Codes, ResidualCodec, join_blocks
-from stores.errors import SpecMismatchError
 from stores.layout import ChunkStats, TokenRows
+from stores.places import Where
 from stores.reader import StoreReader
-from stores.spec import StoreSpec
 from stores.writer import StoreWriter
 
 _BLOCK_VALUES = 1 << 24
 
 
 def recode(
-    source: Path,
-    target: Path,
+    source: Where,
+    target: Where,
     codec: ResidualCodec,
     *,
     on_chunk: Callable[[int, int], None] = lambda done, total: None,
@@ -35,7 +33,7 @@ def recode(
     spec = dataclasses.replace(reader.spec, codec=codec)
     empty = dataclasses.replace(spec, eval_rows=0, train_rows=0, eval_tokens=0, train_tokens=0)
     committed = set(reader.committed)
-    with _open_target(target, empty) as out:
+    with StoreWriter.create_or_open(target, empty) as out:
         if out.spec.rows < spec.rows:
             for chunk in range(spec.chunks):
                 out.write_rows(chunk, reader.rows(chunk, check=chunk in committed))
@@ -49,17 +47,6 @@ def recode(
             done += 1
             on_chunk(done, len(committed))
         return done
-
-
-def _open_target(target: Path, spec: StoreSpec) -> StoreWriter:
-    if not target.exists():
-        return StoreWriter.create(target, spec)
-    writer = StoreWriter(target)
-    differences = writer.spec.differences(spec)
-    if differences:
-        writer.close()
-        raise SpecMismatchError(target, differences)
-    return writer
 
 
 def _recode_chunk(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stores.codecs import Float32
 from stores.layout import ChunkStats
+from stores.places import Where, as_place
 from stores.reader import StoreReader
 from stores.spec import Split
 
@@ -69,8 +69,7 @@ def split_stats(reader: StoreReader, split: Split = "all") -> StoreStats:
     shape = (len(reader.spec.layers), reader.spec.width)
     count, sum_LD = 0, np.zeros(shape)
     squares_L, distortion_L = np.zeros(shape[0]), np.zeros(shape[0])
-    for chunk in reader.chunks(split, complete=False):
-        stats = reader.stats(chunk)
+    for stats in reader.each(reader.stats, reader.chunks(split, complete=False)):
         count += int(stats.count)
         sum_LD += stats.sum
         squares_L += stats.sum_squares
@@ -84,6 +83,6 @@ def split_stats(reader: StoreReader, split: Split = "all") -> StoreStats:
     )
 
 
-def stored_bytes(path: Path) -> int:
+def stored_bytes(path: Where) -> int:
     """Size of every file of the store together, metadata included."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return as_place(path).total_size()

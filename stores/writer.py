@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from stores.chunk_files import write_chunk_file
+from stores.chunk_files import encode_chunk
 from stores.codecs import Codes
-from stores.errors import StoreError, StoreLockedError
+from stores.errors import SpecMismatchError, StoreError, StoreLockedError
 from stores.layout import (
     ROW_ARRAYS,
     STAT_ARRAYS,
     ChunkStats,
     TokenRows,
+    check_arrays,
     checksum,
     committed_chunks,
-    create_arrays,
     digested,
-    open_array,
-    open_group,
+    grow,
+    new_store,
     read_spec,
     residual_array,
     residual_arrays,
-    resize,
     row_values,
-    set_spec,
     stored_arrays,
 )
-from stores.locks import FileLock, leave_store, take_chunk, take_store
+from stores.places import Where, as_place
 from stores.spec import StoreSpec
 
 
@@ -51,51 +43,46 @@ class StoreWriter:
     process.
     """
 
-    def __init__(self, path: Path, *, shared: bool = False) -> None:
+    def __init__(self, path: Where, *, shared: bool = False) -> None:
         """Open an existing store for writing, alone or `shared` with others that say so too.
 
         StoreLockedError while another writer lives that this one cannot share with.
         """
-        self.path, self._shared = path, shared
-        read_spec(path)  # before anything is made there
-        lock = take_store(path, shared=shared)
-        if lock is None:
-            raise StoreLockedError(path)
-        self._lock = lock
+        self.path, self._shared = as_place(path), shared
+        read_spec(self.path)  # before anything is made there
+        locks = self.path.lock(shared=shared)
+        if locks is None:
+            raise StoreLockedError(self.path)
+        self._locks = locks
         try:
-            self.spec = read_spec(path)
-            group = open_group(path, "r+")
+            self.spec = read_spec(self.path)
+            check_arrays(self.path, self.spec)
+            if not shared:
+                self.path.remove_leftovers()
         except BaseException:
-            leave_store(path, lock)
+            locks.close()
             raise
-        self._group = group
         self._stored = {stored.name: stored for stored in stored_arrays(self.spec)}
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._claims: dict[int, FileLock] = {}
-        if not shared:
-            _remove(path.rglob("*.partial"))
+        self._claims: set[int] = set()
 
     @classmethod
-    def create(cls, path: Path, spec: StoreSpec) -> Self:
+    def create(cls, path: Where, spec: StoreSpec) -> Self:
         """Make an empty store that appears at `path` whole, and open it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            group = zarr.open_group(staging, mode="w", zarr_format=3)
-            create_arrays(group, spec)
-            set_spec(group, spec)
-            staging.chmod(0o777 & ~_umask())
-            try:
-                staging.rename(path)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-                raise StoreError(
-                    f"{path} exists already and is not a store to go on with"
-                ) from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return cls(path)
+        place = as_place(path)
+        place.make(new_store(spec))
+        return cls(place)
+
+    @classmethod
+    def create_or_open(cls, path: Where, spec: StoreSpec) -> Self:
+        """Make an empty store, or go on with one of the same description; SpecMismatchError."""
+        place = as_place(path)
+        if not place.exists():
+            return cls.create(place, spec)
+        writer = cls(place)
+        if differences := writer.spec.differences(spec):
+            writer.close()
+            raise SpecMismatchError(place, differences)
+        return writer
 
     def __enter__(self) -> Self:
         return self
@@ -110,29 +97,21 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the locks."""
-        for chunk in list(self._claims):
-            self._disclaim(chunk)
-        leave_store(self.path, self._lock)
+        self._locks.close()
 
     def write_rows(self, chunk: int, rows: TokenRows) -> None:
         """Write the token rows of one chunk; they count once `commit_rows` was called."""
         assert not self._shared
-        start = chunk * self.spec.chunk_rows
-        part = slice(start, start + len(rows.lengths_R))
         for name, values in zip(ROW_ARRAYS, row_values(rows), strict=True):
-            array = self._array(name)
-            if array.shape[0] < part.stop:
-                array.resize((max(part.stop, 2 * array.shape[0]), *array.shape[1:]))
-            array[part] = values
+            self._write(name, chunk, values)
 
     def commit_rows(self, spec: StoreSpec) -> None:
         """Declare the token rows complete, in one atomic step; `spec` has the new counts."""
         assert not self._shared
         assert not self.spec.differences(spec)
+        self._locks.check()
+        grow(self.path, spec)
         self.spec = spec
-        resize(self._group, self.spec)
-        self._arrays.clear()
-        set_spec(self._group, self.spec)
 
     def pending(self) -> list[int]:
         """Chunks without committed residuals, ascending."""
@@ -145,10 +124,9 @@ class StoreWriter:
         It stays so until it is committed or the writer closed, whatever way the process ends.
         """
         if self._shared and chunk not in self._claims:
-            lock = take_chunk(self.path, chunk)
-            if lock is None:
+            if not self._locks.take_chunk(chunk):
                 return False
-            self._claims[chunk] = lock
+            self._claims.add(chunk)
         # whoever had the lock before may have committed it; a listing is what network file
         # systems keep up to date
         if chunk in committed_chunks(self.path, self.spec):
@@ -156,17 +134,13 @@ class StoreWriter:
                 self._disclaim(chunk)
             return False
         if self._shared:
-            self._remove_leftovers(chunk)
+            keys = [stored.chunk_key(chunk) for stored in self._stored.values()]
+            self.path.remove_leftovers(keys)
         return True
 
     def _disclaim(self, chunk: int) -> None:
-        self._claims.pop(chunk).release(remove=True)
-
-    def _remove_leftovers(self, chunk: int) -> None:
-        """Of a process that died while it wrote this chunk."""
-        for stored in self._stored.values():
-            file = stored.chunk_file(self.path, chunk)
-            _remove(file.parent.glob(f"{file.name}.*.partial"))
+        self._claims.remove(chunk)
+        self._locks.leave_chunk(chunk)
 
     def write_chunk(
         self, chunk: int, rows: TokenRows, layers: Sequence[Codes], stats: ChunkStats
@@ -185,48 +159,79 @@ class StoreWriter:
             residual_array(layer, layout): by_layer[layer][layout.name]
             for layer, layout in residual_arrays(spec)
         }
+        n_rows = len(rows.lengths_R)
+        written: list[_Written] = []
         with ThreadPoolExecutor(thread_name_prefix="write") as pool:
-            digests += pool.map(
-                lambda name: self._write_residuals(name, chunk, residuals[name]), residuals
+            written += pool.map(
+                lambda name: self._write(
+                    name, chunk, residuals[name].reshape(n_rows, *self._stored[name].inner)
+                ),
+                residuals,
             )
-        for name in STAT_ARRAYS:
-            values = getattr(stats, name)
-            digests.append(checksum(values))
-            self._array(f"stats/{name}")[chunk] = values
+            written += pool.map(
+                lambda name: self._write(f"stats/{name}", chunk, getattr(stats, name)), STAT_ARRAYS
+            )
+        digests += [array.checksum for array in written]
         assert len(digests) == len(digested(spec))
-        self._array("digest")[chunk] = np.array(digests, np.uint32)
-        size = sum(
-            self._stored[name].chunk_file(self.path, chunk).stat().st_size
-            for name in digested(spec)
+        self._write("digest", chunk, np.array(digests, np.uint32))
+        size = sum(self.path.size(self._stored[name].chunk_key(chunk)) for name in ROW_ARRAYS)
+        self.path.sync()
+        self._commit(chunk)
+        return size + sum(array.size for array in written)
+
+    def write_files(self, chunk: int, files: Mapping[str, bytes]) -> int:
+        """Write the files of one chunk as another store has them, then commit it.
+
+        What is there already is not written again; all is read back. Returns the bytes of the
+        chunk, and raises StoreError where they do not come back as they are.
+        """
+        with ThreadPoolExecutor(max(4, self.path.parallel), thread_name_prefix="write") as pool:
+            for _ in pool.map(self._copy_file, files.items()):
+                pass
+        self.path.sync()
+        self._commit(chunk)
+        return sum(map(len, files.values()))
+
+    def _copy_file(self, file: tuple[str, bytes]) -> None:
+        key, content = file
+        if self._holds(key, content):
+            return
+        self._locks.check()
+        self.path.write(key, content)
+        if not self._holds(key, content):
+            raise StoreError(f"{self.path}: {key} does not read back as it was written")
+
+    def _holds(self, key: str, content: bytes) -> bool:
+        try:
+            return self.path.read(key) == content
+        except FileNotFoundError:
+            return False
+
+    def _write(self, name: str, chunk: int, values: NDArray[Any]) -> _Written:
+        """Write one array of one chunk."""
+        stored = self._stored[name]
+        shaped = values.reshape(-1, *stored.inner)
+        content = encode_chunk(
+            shaped, stored.dtype, stored.chunk_shape(self.spec), stored.compression
         )
-        self._array("committed")[chunk] = 1
+        self._locks.check()
+        self.path.write(stored.chunk_key(chunk), content)
+        return _Written(len(content), checksum(values))
+
+    def _commit(self, chunk: int) -> None:
+        stored = self._stored["committed"]
+        one = np.ones(1, stored.dtype)
+        content = encode_chunk(one, stored.dtype, one.shape, stored.compression)
+        self._locks.check()
+        self.path.commit(stored.chunk_key(chunk), content)
         if self._shared:
             self._disclaim(chunk)
-        return size
-
-    def _write_residuals(self, name: str, chunk: int, flat: NDArray[Any]) -> int:
-        """Write one array of one chunk; returns its checksum."""
-        stored, part = self._stored[name], self.spec.chunk_range(chunk)
-        write_chunk_file(
-            stored.chunk_file(self.path, chunk),
-            flat.reshape(part.stop - part.start, *stored.inner),
-            stored.chunk_shape(self.spec),
-            stored.compression,
-        )
-        return checksum(flat)
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._arrays:
-            self._arrays[name] = open_array(self._group, self.spec, self._stored[name])
-        return self._arrays[name]
 
 
-def _remove(files: Iterable[Path]) -> None:
-    for file in list(files):
-        file.unlink(missing_ok=True)
+class _Written(NamedTuple):
+    """One array of one chunk, as it was written."""
 
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    size: int
+    """Bytes of the file."""
+    checksum: int
+    """Of the values."""

@@ -41,9 +41,10 @@ def run(harvest_config: HarvestConfig) -> StoreReader:
 
 def array_files(store: Path) -> dict[str, bytes]:
     """Every file of a store by its path in it."""
+    root = Path(store)
     return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
         if path.is_file()
     }
 

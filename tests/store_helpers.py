@@ -24,6 +24,7 @@ from stores.codecs import (
     ResidualCodec,
 )
 from stores.layout import ChunkStats, TokenRows
+from stores.places import Where, as_place
 from stores.reader import StoreReader
 from stores.spec import StoreSpec
 from stores.stats import StatsBuilder
@@ -117,9 +118,10 @@ def encoded_chunk(
     return encoded.layers, stats.result()
 
 
-def fill_store(path: Path, spec: StoreSpec, chunks: Iterable[int] | None = None) -> StoreReader:
+def fill_store(path: Where, spec: StoreSpec, chunks: Iterable[int] | None = None) -> StoreReader:
     """Make the store, or go on with it as a harvest does; `chunks` are committed, None for all."""
-    make = StoreWriter(path) if path.exists() else StoreWriter.create(path, without_rows(spec))
+    there = as_place(path).exists()
+    make = StoreWriter(path) if there else StoreWriter.create(path, without_rows(spec))
     with make as writer:
         if writer.spec.rows < spec.rows:
             for chunk in range(writer.spec.chunks, spec.chunks):
@@ -132,15 +134,16 @@ def fill_store(path: Path, spec: StoreSpec, chunks: Iterable[int] | None = None)
     return StoreReader(path)
 
 
-def store_bytes(path: Path) -> dict[str, bytes]:
+def store_bytes(path: os.PathLike[str]) -> dict[str, bytes]:
     """Every file of a store by its path in it."""
-    files = (file for file in sorted(path.rglob("*")) if file.is_file())
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+    root = Path(path)
+    files = (file for file in sorted(root.rglob("*")) if file.is_file())
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
-def chunk_file(path: Path, array: str, chunk: int) -> Path:
+def chunk_file(path: os.PathLike[str], array: str, chunk: int) -> Path:
     """The file with an array's values of one chunk."""
-    file = path / array / "c" / str(chunk)
+    file = Path(path) / array / "c" / str(chunk)
     while file.is_dir():
         file /= "0"
     return file

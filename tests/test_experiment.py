@@ -8,6 +8,7 @@ import pytest
 
 from routesae_cache.experiment import ExperimentError, read_experiment
 from routesae_cache.sweep import SweepError
+from stores.places import as_place
 
 SAE = '[[sae]]\nsae = "topk"\nk = 4\n'
 
@@ -21,7 +22,7 @@ def written(folder: Path, text: str) -> Path:
 def test_another_harvest_makes_another_store(tmp_path: Path) -> None:
     def store(harvest: str) -> Path:
         text = f'out = "o"\n[harvest]\n{harvest}\n{SAE}'
-        return read_experiment(written(tmp_path, text)).store
+        return Path(read_experiment(written(tmp_path, text)).store)
 
     first = store("tokens = 100\ncontext = 16")
     assert first.parent == Path("o")
@@ -31,7 +32,7 @@ def test_another_harvest_makes_another_store(tmp_path: Path) -> None:
 
 def test_a_named_store_is_shared(tmp_path: Path) -> None:
     path = written(tmp_path, f'out = "o"\nstore = "runs/x.zarr"\n{SAE}')
-    assert read_experiment(path).store == Path("runs/x.zarr")
+    assert read_experiment(path).store == as_place("runs/x.zarr")
 
 
 def test_saes_of_another_file(tmp_path: Path) -> None:

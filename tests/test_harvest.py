@@ -272,7 +272,7 @@ def test_activations_that_are_not_finite(
 def test_not_enough_disk(
     tiny_model_dir: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("routesae_cache.harvest_plan._free_bytes", lambda out: 10_000)
+    monkeypatch.setattr("stores.local.LocalPlace.free_bytes", lambda place: 10_000)
     plan = plan_harvest(config(tiny_model_dir, tiny_corpus, tmp_path / "s.zarr"))
     with pytest.raises(ValueError, match="free space"):
         harvest(plan)

@@ -266,7 +266,7 @@ def test_shares_are_all_chunks_once() -> None:
 
 
 def test_one_alone_or_many_that_share(tmp_path: Path) -> None:
-    path = fill_store(tmp_path / "s.zarr", store_spec(), chunks=()).path
+    path = Path(fill_store(tmp_path / "s.zarr", store_spec(), chunks=()).path)
     before = store_bytes(path)
     with StoreWriter(path, shared=True) as first, StoreWriter(path, shared=True) as second:
         with pytest.raises(StoreLockedError):
@@ -282,7 +282,7 @@ def test_one_alone_or_many_that_share(tmp_path: Path) -> None:
 
 def test_a_claim_ends_with_the_commit_and_is_refused_after_it(tmp_path: Path) -> None:
     spec = store_spec()
-    path = fill_store(tmp_path / "s.zarr", spec, chunks=()).path
+    path = Path(fill_store(tmp_path / "s.zarr", spec, chunks=()).path)
     with StoreWriter(path, shared=True) as first, StoreWriter(path, shared=True) as second:
         assert first.claim(1)
         layers, stats = encoded_chunk(spec, 1)
@@ -295,7 +295,7 @@ def test_a_claim_ends_with_the_commit_and_is_refused_after_it(tmp_path: Path) ->
 
 
 def test_leftovers_of_others_that_live_are_left_alone(tmp_path: Path) -> None:
-    path = fill_store(tmp_path / "s.zarr", store_spec(), chunks=()).path
+    path = Path(fill_store(tmp_path / "s.zarr", store_spec(), chunks=()).path)
     mine, others = (path / "stats" / "count" / "c" / f"{c}.01.partial" for c in (1, 2))
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"")
@@ -308,7 +308,7 @@ def test_leftovers_of_others_that_live_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_locks_that_the_dead_left_go_with_the_last(tmp_path: Path) -> None:
-    path = fill_store(tmp_path / "s.zarr", store_spec()).path
+    path = Path(fill_store(tmp_path / "s.zarr", store_spec()).path)
     before = store_bytes(path)
     (path / FOLDER).mkdir()
     for name in ("store", "1"):  # killed after the commit of chunk 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from routesae_cache.batches import first_tokens
 from routesae_cache.checkpoint import RunConfig
 from routesae_cache.losses import normalise_token
 from routesae_cache.saes.sae import Sae
+from stores.places import Where, as_place
 from stores.reader import StoreReader
 from stores.spec import Split
 
@@ -44,7 +44,7 @@ def normalise(config: RunConfig, x: Tensor) -> Normalised:
     return Normalised(x / unit, torch.zeros_like(unit), unit)
 
 
-def gather(config: RunConfig, sae: Sae, store: Path | None, tokens: int) -> Activations:
+def gather(config: RunConfig, sae: Sae, store: Where | None, tokens: int) -> Activations:
     """Tokens of a store, or made-up ones where there is no store.
 
     Args:
@@ -53,18 +53,18 @@ def gather(config: RunConfig, sae: Sae, store: Path | None, tokens: int) -> Acti
     Raises:
         ValueError: if the store holds another model's residuals or lacks a layer.
     """
-    path = store or Path(config.store)
-    if store is None and not path.exists():
+    place = as_place(store or config.store)
+    if store is None and not place.exists():
         return Activations(made_up(config, sae, tokens), "made-up residuals")
-    reader = StoreReader(path)
+    reader = StoreReader(place)
     if (reader.spec.model, reader.spec.width) != (config.store_spec["model"], config.width):
         raise ValueError(
-            f"{path} holds residuals of another model than {config.name} was trained on; "
+            f"{place} holds residuals of another model than {config.name} was trained on; "
             "name one of the same model with --store"
         )
     split: Split = "eval" if reader.spec.eval_rows else "train"
     x_NLD = first_tokens(reader, config.sae.layers, split, tokens, norm="none", seed=config.seed)
-    return Activations(x_NLD, f"the {split} split of {path.name}")
+    return Activations(x_NLD, f"the {split} split of {place.name}")
 
 
 @torch.no_grad()

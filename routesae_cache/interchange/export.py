@@ -14,6 +14,7 @@ from routesae_cache.interchange.formats import Format, find_format
 from routesae_cache.interchange.readme import folders_of, limits, readme
 from routesae_cache.interchange.verify import Comparison, Difference
 from routesae_cache.saes.sae import Sae
+from stores.places import Where
 
 
 class ExportError(ValueError):
@@ -31,7 +32,7 @@ class ExportConfig:
     """What the other library calls the language model; None: the name in the run's store."""
     verify: bool = False
     """Load the result back with the library itself and compare reconstructions."""
-    store: Path | None = None
+    store: Where | None = None
     """Residuals to compare on; None: the run's own store, or made-up ones where it is gone."""
     tokens: int = 1024
     """How many of them."""

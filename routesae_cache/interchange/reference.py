@@ -22,6 +22,7 @@ from routesae_cache.json_files import write_json
 from routesae_cache.layers import default_layer
 from routesae_cache.saes.config import PENALISED, CoderKind, SaeConfig, SelectorKind
 from routesae_cache.saes.registry import build_sae, parse_saes, resolve_name
+from stores.places import Where
 from stores.reader import StoreReader
 from stores.stats import split_stats
 
@@ -52,7 +53,7 @@ class ImportConfig:
     file: Path
     sae: str
     """Name or specification, as `train` takes it; what it leaves open is as in the paper."""
-    store: Path
+    store: Where
     """Residuals of the model it was trained on: gives width and layers, and is recorded."""
     out: Path
     """The run's directory."""

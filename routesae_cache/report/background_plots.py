@@ -163,8 +163,7 @@ def store_layers(reader: StoreReader) -> list[Record]:
     spec = reader.spec
     sizes = dict.fromkeys(spec.layers, 0)
     for layer, layout in residual_arrays(spec):
-        folder = reader.path / residual_array(layer, layout) / "c"
-        sizes[layer] += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        sizes[layer] += reader.path.total_size(f"{residual_array(layer, layout)}/c")
     rows = [spec.chunk_range(chunk) for chunk in reader.committed]
     n_values = sum(part.stop - part.start for part in rows) * spec.context * spec.width
     distortion_L = split_stats(reader).distortion_L

@@ -30,6 +30,7 @@ from routesae_cache.report.plots import build_plots
 from routesae_cache.report.table import ARCHITECTURES, Missing, architecture, build_table
 from routesae_cache.report.text import Segments, Stretch, Strings, TokenText
 from routesae_cache.trained import TrainedSae
+from stores.places import Where
 from stores.reader import StoreReader
 from stores.spec import Record
 
@@ -56,7 +57,7 @@ class ReportConfig:
     """The most latents that the browser shows, over all SAEs."""
     model: str | None = None
     """Where the store's model is; by default the name the store has."""
-    store: Path | None = None
+    store: Where | None = None
     """By default where the runs say that it is."""
     device: str = "cpu"
 

@@ -233,16 +233,6 @@ def _ids(root: Path, configs: dict[Path, RunConfig]) -> dict[Path, str]:
     }
 
 
-def locate(given: str, root: Path) -> Path | None:
-    """A path that a result names, as it is or from one of the folder's parents."""
-    path = Path(given).expanduser()
-    resolved = root.resolve()
-    for base in (Path.cwd(), resolved, *resolved.parents):
-        if (base / path).exists():
-            return base / path
-    return None
-
-
 def thinned(records: list[Any], most: int) -> list[Any]:
     """At most so many of a list, evenly spaced, first and last included."""
     if len(records) <= most:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from routesae_cache.lm import LanguageModel
 from routesae_cache.origin import origin_lm, origin_tokenizer
-from routesae_cache.report.discover import FoundRun, locate
+from routesae_cache.report.discover import FoundRun
 from routesae_cache.report.table import Missing
 from routesae_cache.report.text import TokenText
 from routesae_cache.sources import ModelError
 from stores.errors import StoreError
+from stores.place import Place
+from stores.places import Where, find_place
 from stores.reader import StoreReader
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 NO_STORE = "The store is not at hand; say where it is with --store."
 
 
-def open_store(given: Path | None, root: Path, runs: Sequence[FoundRun]) -> StoreReader | None:
+def open_store(given: Where | None, root: Path, runs: Sequence[FoundRun]) -> StoreReader | None:
     """The store asked for, otherwise the one that most of the results name, if it is there.
 
     StoreError where the store asked for cannot be opened.
@@ -39,11 +41,11 @@ def open_store(given: Path | None, root: Path, runs: Sequence[FoundRun]) -> Stor
         if store is not None
     )
     for name, _ in named.most_common():
-        if (path := locate(name, root)) is not None:
-            try:
+        try:
+            if (path := _located(name, root)) is not None:
                 return StoreReader(path)
-            except StoreError as error:
-                logger.warning("%s", error)
+        except StoreError as error:
+            logger.warning("%s", error)
     return None
 
 
@@ -84,5 +86,11 @@ def same_store(run: FoundRun, reader: StoreReader | None, root: Path) -> bool:
     """Whether a run's contexts are of this store; one that has been moved is taken to be it."""
     if reader is None or run.contexts is None:
         return False
-    named = locate(run.contexts.record["store"], root)
-    return named is None or named.resolve() == reader.path.resolve()
+    named = _located(run.contexts.record["store"], root)
+    return named is None or named == reader.path
+
+
+def _located(given: str, root: Path) -> Place | None:
+    """A store that a result names, as it is or from one of the folder's parents."""
+    resolved = root.resolve()
+    return find_place(given, (Path.cwd(), resolved, *resolved.parents))

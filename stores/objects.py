@@ -1,0 +1,291 @@
+"""A store in an object store: S3, Google Cloud Storage, Azure Blob Storage, or what speaks S3."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from stores.errors import PlaceError, StoreError
+from stores.place import Place
+
+if TYPE_CHECKING:
+    from zarr.storage import ObjectStore
+
+    from stores.leases import LeaseLocks
+
+_DESCRIPTION = "zarr.json"
+_SCHEMES = ("s3", "gs", "az")
+_ATTEMPT_S = 30.0  # without a byte of the answer; a request is then sent again
+_REQUEST_S = 120.0  # of one attempt
+RETRIES_S = 120.0
+"""After so long a request that failed is not sent again."""
+_PARALLEL = 32
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+
+
+class Entry(NamedTuple):
+    """What an object store says of an object."""
+
+    modified: datetime
+    """By the server's clock."""
+    e_tag: str
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL rather than a path."""
+    return "://" in text
+
+
+class ObjectPlace(Place):
+    """A prefix in a bucket. An object appears whole when it is written, and is safe then.
+
+    Credentials are the usual ones of the environment; they are not kept here.
+    """
+
+    parallel = _PARALLEL
+
+    def __init__(self, url: str, endpoint_url: str | None = None) -> None:
+        """`endpoint_url`: of a server that speaks S3; None: as the environment says."""
+        parts = urlsplit(url)
+        if parts.scheme not in _SCHEMES or not parts.hostname or not parts.path.strip("/"):
+            kinds = " or ".join(f"{scheme}://BUCKET/PREFIX" for scheme in _SCHEMES)
+            raise ValueError(
+                f"expected a store as a path or {kinds}, found {_without_secrets(url)}"
+            )
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                f"{_without_secrets(url)}: credentials do not belong in the URL; "
+                "give them in the environment"
+            )
+        self._url = url.rstrip("/")
+        # that of the environment goes with it to other machines
+        named = (os.environ.get(name) for name in _ENDPOINT_VARIABLES if parts.scheme == "s3")
+        self._endpoint_url = endpoint_url or next((name for name in named if name), None)
+
+    def __str__(self) -> str:
+        return self._url
+
+    @property
+    def name(self) -> str:
+        return self._url.rsplit("/", 1)[-1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPlace) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str, str | None]:
+        return self._url, self._endpoint_url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectPlace, self._key
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_PARALLEL, thread_name_prefix="objects")
+
+    @cached_property
+    def _client(self) -> Any:
+        """Tried once with little patience, so that what is wrong is said at once."""
+        self._connect(retries=2, retries_s=10.0, attempt_s=10.0, check=True)
+        return self._connect(retries=20, retries_s=RETRIES_S, attempt_s=_ATTEMPT_S)
+
+    def _connect(
+        self, *, retries: int, retries_s: float, attempt_s: float, check: bool = False
+    ) -> Any:
+        obstore = _obstore()
+        config = {} if self._endpoint_url is None else {"endpoint": self._endpoint_url}
+        with self._errors():
+            client = obstore.store.from_url(
+                self._url,
+                **config,
+                client_options={
+                    "allow_http": (self._endpoint_url or "").startswith("http://"),
+                    "connect_timeout": timedelta(seconds=5),
+                    "read_timeout": timedelta(seconds=attempt_s),
+                    "timeout": timedelta(seconds=_REQUEST_S),
+                },
+                retry_config={
+                    "max_retries": retries,
+                    "retry_timeout": timedelta(seconds=retries_s),
+                    "backoff": {
+                        "init_backoff": timedelta(seconds=0.1),
+                        "max_backoff": timedelta(seconds=10),
+                        "base": 2,
+                    },
+                },
+            )
+            if check:
+                next(iter(obstore.list(client, chunk_size=1)), None)
+        return client
+
+    @contextmanager
+    def _errors(self, key: str = "") -> Iterator[None]:
+        """What obstore raises, as one of ours."""
+        obstore = _obstore()
+        try:
+            yield
+        except FileNotFoundError:
+            raise FileNotFoundError(2, "no such object", f"{self}/{key}") from None
+        except (obstore.exceptions.BaseError, ValueError) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise PlaceError(self, _reason(error)) from error
+
+    def exists(self) -> bool:
+        return self.entry(_DESCRIPTION) is not None  # what `make` writes last
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            return bytes(_obstore().get(self._client, key).bytes())
+
+    def fetch(self, keys: Iterable[str]) -> list[Callable[[], bytes]]:
+        return [self._pool.submit(self.read, key).result for key in keys]
+
+    def write(self, key: str, content: bytes, *, durable: bool = False) -> None:
+        with self._errors(key):
+            _obstore().put(self._client, key, content, use_multipart=False)
+
+    def create(self, key: str, content: bytes) -> bool:
+        """Write an object that is not there yet; False where it is, or came meanwhile.
+
+        After a lost answer it can be our own.
+        """
+        with self._errors(key):
+            try:
+                _obstore().put(self._client, key, content, mode="create")
+            except _obstore().exceptions.AlreadyExistsError:
+                return False
+        return True
+
+    def replace(self, key: str, content: bytes, entry: Entry) -> bool:
+        """Write an object in place of one that is as `entry` says; False where it is no more."""
+        obstore = _obstore()
+        with self._errors(key):
+            try:
+                obstore.put(self._client, key, content, mode={"e_tag": entry.e_tag})
+            except (obstore.exceptions.PreconditionError, FileNotFoundError):
+                return False
+        return True
+
+    def entry(self, key: str) -> Entry | None:
+        """What is known of an object, None where there is none."""
+        try:
+            with self._errors(key):
+                found = _obstore().head(self._client, key)
+        except FileNotFoundError:
+            return None
+        return Entry(found["last_modified"], found["e_tag"])
+
+    def commit(self, key: str, content: bytes) -> None:
+        self.create(key, content)
+
+    def sync(self) -> None:
+        """A write has returned only when the object was safe."""
+
+    def make(self, files: Mapping[str, bytes]) -> None:
+        for key in files:
+            if key != _DESCRIPTION:
+                self.write(key, files[key])
+        if not self.create(_DESCRIPTION, files[_DESCRIPTION]):
+            raise StoreError(f"{self} exists already and is not a store to go on with")
+
+    def remove(self, key: str) -> None:
+        with suppress(FileNotFoundError), self._errors(key):
+            _obstore().delete(self._client, key)
+
+    def remove_all(self) -> None:
+        # the description first: without it there is no store
+        self.remove(_DESCRIPTION)
+        with self._errors():
+            for batch in _obstore().list(self._client, chunk_size=1000):
+                _obstore().delete(self._client, [found["path"] for found in batch])
+
+    def remove_leftovers(self, keys: Iterable[str] | None = None) -> None:
+        """An object that was not written whole is not there."""
+
+    def names(self, folder: str) -> list[str]:
+        with self._errors():
+            batches = _obstore().list(self._client, folder, chunk_size=1000)
+            paths = [found["path"] for batch in batches for found in batch]
+        below = (path.removeprefix(f"{folder}/").split("/") for path in paths)
+        return list(dict.fromkeys(parts[0] for parts in below))
+
+    def size(self, key: str) -> int:
+        with self._errors(key):
+            return int(_obstore().head(self._client, key)["size"])
+
+    def total_size(self, folder: str = "") -> int:
+        with self._errors():
+            batches = _obstore().list(self._client, folder or None, chunk_size=1000)
+            return sum(int(found["size"]) for batch in batches for found in batch)
+
+    def free_bytes(self) -> None:
+        """There is no limit; that it can be reached is found here."""
+        self.exists()
+
+    def zarr_store(self) -> ObjectStore[Any]:
+        from zarr.storage import ObjectStore
+
+        return ObjectStore(self._client, read_only=True)
+
+    def lock(self, *, shared: bool) -> LeaseLocks | None:
+        from stores.leases import LeaseLocks
+
+        return LeaseLocks.take(self, shared=shared)
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError:
+        raise ValueError(
+            "a store with a URL needs obstore, which is not installed: "
+            "pip install 'routesae-cache[cloud]'"
+        ) from None
+    return obstore
+
+
+_HINTS = {
+    "NoSuchBucket": "there is no such bucket",
+    "ContainerNotFound": "there is no such container",
+    "The specified bucket does not exist": "there is no such bucket",
+    "InvalidAccessKeyId": "the access key is not known there; see AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key is wrong; see AWS_SECRET_ACCESS_KEY",
+    "AccessDenied": "access is denied; see the credentials and what they may do",
+    "403 Forbidden": "access is denied; see the credentials and what they may do",
+    "401 Unauthorized": "access is denied; see the credentials and what they may do",
+    "169.254.169.254": (
+        "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+        "(this is no machine of the provider's with credentials of its own)"
+    ),
+    "metadata.google.internal": "no credentials: set GOOGLE_APPLICATION_CREDENTIALS",
+    "Account must be specified": "no account: set AZURE_STORAGE_ACCOUNT_NAME",
+    "error sending request": "it cannot be reached; see --endpoint-url and the network",
+}
+"""What is to be found in obstore's messages, and what it means; the first that fits."""
+
+
+def _reason(error: Exception) -> str:
+    """One line: what obstore says goes on for pages, and has the request in it."""
+    text = str(error)
+    for sign, meaning in sorted(_HINTS.items(), key=lambda hint: "169.254" not in hint[0]):
+        if sign in text:
+            return meaning
+    return text.strip().splitlines()[0]
+
+
+def _without_secrets(url: str) -> str:
+    """The URL as it can be shown."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
