@@ -138,7 +138,7 @@ class CachedPlace(Place):
                 if file.is_file():
                     found.append(_Kept(status.st_mtime, status.st_size, file))
         size = sum(kept.size for kept in found)
-        spare = self._most // _LOOK_AGAIN
+        spare = 2 * self._most // _LOOK_AGAIN
         for kept in sorted(found):
             if size + more + spare <= self._most or kept.used >= self._began - 1:
                 break

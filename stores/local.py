@@ -96,7 +96,7 @@ class LocalPlace(Place):
             staged.sync()
             staging.chmod(0o777 & ~_umask())
             try:
-                staging.rename(path)
+                _move(staging, path)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise
@@ -172,6 +172,11 @@ def _sync(path: Path) -> None:
 
 def _rename(source: Path, target: Path) -> None:
     source.replace(target)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a folder to where nothing is."""
+    source.rename(target)
 
 
 def _make_folder(folder: Path) -> None:
