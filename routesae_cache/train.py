@@ -322,7 +322,8 @@ class _Plan:
                         f"{run.folder}: process {self.world.rank} found a checkpoint of step "
                         f"{run.step}, process 0 of step {step}; all have to see the same folder"
                     )
-        self.initialise_biases([run for run in runs if run.step == 0])
+            if self.world.leads:
+                self.initialise_biases([run for run in runs if run.step == 0])
         for run in runs:
             self.world.match_(run.sae.state_dict().values())
 
