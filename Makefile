@@ -57,7 +57,7 @@ demo: $(READY) ## a whole experiment on a small real model and real news, to a r
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-test-cluster: $(READY) ## run the tests on a local Ray cluster (two minutes; pip install '.[ray]')
+test-cluster: $(READY) ## run the tests on a local Ray cluster (three minutes; pip install '.[ray]')
 	$(BIN)/python -m pytest tests/cluster
 
 test-faults: $(READY) ## kill, fill the disk, tear and attack it: docs/RELIABILITY.md (minutes)

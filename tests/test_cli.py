@@ -168,6 +168,29 @@ def test_harvest_on_ray_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "s.zarr", "--sae", "topk", "--out", "o"],
+        ["sweep", "s.zarr", "s.toml"],
+        ["contexts", "s.zarr", "r", "--out", "o"],
+        ["evaluate", "s.zarr", "r", "--spliced"],
+    ],
+)
+def test_others_on_ray_refuse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused(routesae(*command, "--ray", "local", "--workers", 2), "routesae-cache[ray]")
+    refused(routesae(*command, "--workers", 2), "--workers belongs to --ray")
+    refused(routesae(*command, "--ray", "local", "--device", "cpu"), "--gpus-per-worker says it")
+
+
+def test_ray_is_for_splicing(
+    store: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("routesae_cache.ray_pool.import_ray", lambda: None)
+    refused(routesae("evaluate", store, *runs, "--ray", "local"), "--ray belongs to --spliced")
+
+
 def test_store_info(store: Path) -> None:
     result = routesae("store", "info", store)
     words = ("tiny-llama", "tiny.jsonl", "layer 1 (after block 0)", "x than bf16", "6 of 6 chunks")

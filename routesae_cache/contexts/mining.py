@@ -121,11 +121,11 @@ class StrongestFew:
             types: the number here of each of its types.
         """
         self._sort_in()
-        later._sort_in()
-        np.maximum(self._floor_F, later._floor_F, out=self._floor_F)
+        self._floor_F = np.maximum(self._floor_F, later._floor_F)
         self._kept = self._kept.take(self._kept.value_P > self._floor_F[self._kept.latent_P])
         # not ordered by token, but those that may be equal, of one latent and type, are
-        self.add(later._kept._replace(type_P=types[later._kept.type_P]))
+        found = joined([later._kept, *later._waiting])
+        self.add(found._replace(type_P=types[found.type_P]))
 
     def contexts_F(self, threshold: float) -> Ints:
         """How many activations of each latent are kept above one of the thresholds.
