@@ -12,8 +12,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -201,7 +202,10 @@ class Pool(Generic[Task, Result]):
             scheduling_strategy="SPREAD",
             max_concurrency=self._ahead + 2,  # beside its tasks it answers
         )
-        place.actor, place.hired = actor.remote(self._make, self._threads), time.monotonic()
+        place.actor, place.hired = (
+            actor.remote(self._make, self._threads, Path.cwd()),
+            time.monotonic(),
+        )
         place.host, place.pid, place.in_hand, place.state = None, None, [], None
         self._running[place.actor.load.remote()] = place, None
 
@@ -378,8 +382,10 @@ class _Messages(logging.Handler):
 class _Actor:
     """A process of Ray's with a worker in it."""
 
-    def __init__(self, make: Callable[[], Worker[Any, Any]], threads: int) -> None:
+    def __init__(self, make: Callable[[], Worker[Any, Any]], threads: int, folder: Path) -> None:
         self._make, self._threads = make, threads
+        with suppress(OSError):  # it is not there: nor are paths that start from it
+            os.chdir(folder)
         self._messages = _Messages()
 
     def load(self) -> _Loaded:

@@ -23,6 +23,7 @@ class Sleeper(Worker[float, int]):
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._asked = folder, 0
+        self.hello = Path.cwd()
 
     def work(self, task: float) -> int:
         if task < 0:
@@ -47,11 +48,12 @@ def test_a_slow_worker_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_pool, "_STRAGGLES_S", 0.5)
+    monkeypatch.chdir(tmp_path)
     config = RayConfig(address=cluster.address, workers=2)
     seen: list[bool] = []
     states: set[int] = set()
     with pool(config, partial(Sleeper, tmp_path), describe="a nap of {:g} s".format) as workers:
-        assert workers.wait_for_one(lambda: None) is None
+        assert workers.wait_for_one(lambda: None) == tmp_path  # for paths as they were given
 
         def tick() -> None:
             seen.append(any(place.straggles for place in workers.places))
