@@ -106,7 +106,8 @@ class Place(Generic[Task]):
     in_hand: list[Task] = field(default_factory=list)
     """The first is what it is at."""
     since: float = 0.0
-    hired: float = 0.0
+    made: float = 0.0
+    """When the worker was."""
     polled: float = 0.0
     """When it last answered; infinite until it does."""
     took: list[float] = field(default_factory=list)
@@ -202,10 +203,7 @@ class Pool(Generic[Task, Result]):
             scheduling_strategy="SPREAD",
             max_concurrency=self._ahead + 2,  # beside its tasks it answers
         )
-        place.actor, place.hired = (
-            actor.remote(self._make, self._threads, Path.cwd()),
-            time.monotonic(),
-        )
+        place.actor = actor.remote(self._make, self._threads, Path.cwd())
         place.host, place.pid, place.in_hand, place.state = None, None, [], None
         self._running[place.actor.load.remote()] = place, None
 
@@ -264,7 +262,7 @@ class Pool(Generic[Task, Result]):
             self._hello = loaded.hello
         elif loaded.hello != self._hello:
             raise UnlikeWorkersError(self._hello, loaded.hello, loaded.host)
-        place.host, place.pid = loaded.host, loaded.pid
+        place.host, place.pid, place.made = loaded.host, loaded.pid, time.monotonic()
 
     def _credit(self, place: Place[Task], task: Task, result: Result) -> Done[Task, Result]:
         self._fruitless = 0
@@ -275,8 +273,8 @@ class Pool(Generic[Task, Result]):
 
     def _replace(self, place: Place[Task], reason: str) -> None:
         """Another process for one that died; its tasks are the next to be handed out."""
-        lived = time.monotonic() - place.hired
-        self._fruitless = 1 if lived > _LONG_LIFE_S else self._fruitless + 1
+        long_lived = bool(place.host) and time.monotonic() - place.made > _LONG_LIFE_S
+        self._fruitless = 1 if long_lived else self._fruitless + 1
         what = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
         if self._fruitless > 2 * len(self.places) + 1:
             raise WorkersDieError(
