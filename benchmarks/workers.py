@@ -127,8 +127,8 @@ def _child(options: argparse.Namespace) -> list[Event]:
     """One worker of several, or a driver with a cluster of its own."""
     from routesae_cache.harvest import HarvestProgress
     from routesae_cache.harvest_plan import HarvestConfig, plan_harvest
+    from routesae_cache.ray_cluster import RayConfig
     from routesae_cache.ray_harvest import harvest_on_ray
-    from routesae_cache.ray_pool import RayConfig
     from routesae_cache.workers import Share, harvest_share
 
     events: list[Event] = []

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from routesae_cache.evaluate import EvaluateConfig
     from routesae_cache.metrics import Spliced
-    from routesae_cache.ray_pool import RayConfig
+    from routesae_cache.ray_cluster import RayConfig
     from routesae_cache.splicing.evaluate import SplicedConfig
     from routesae_cache.trained import TrainedSae
     from stores.reader import StoreReader

@@ -13,8 +13,8 @@ from cli.console import bar, duration, out, size
 if TYPE_CHECKING:
     from routesae_cache.harvest import HarvestProgress, WorkerProgress
     from routesae_cache.harvest_plan import HarvestPlan
+    from routesae_cache.ray_cluster import RayConfig
     from routesae_cache.ray_harvest import WorkerResult
-    from routesae_cache.ray_pool import RayConfig
     from routesae_cache.workers import Share
 
 

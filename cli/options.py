@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from routesae_cache.ray_pool import RayConfig
+    from routesae_cache.ray_cluster import RayConfig
     from stores.codecs import ResidualCodec
     from stores.place import Place
 
@@ -98,7 +98,7 @@ def ray_config(
         return None
     if device != "auto":
         raise ValueError("--device: with --ray leave it out, --gpus-per-worker says it")
-    from routesae_cache.ray_pool import RayConfig
+    from routesae_cache.ray_cluster import RayConfig
 
     return RayConfig(
         address=ray,

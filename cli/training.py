@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from routesae_cache.launch import Ended
     from routesae_cache.loggers import LogConfig
     from routesae_cache.parallel import World
-    from routesae_cache.ray_pool import RayConfig
+    from routesae_cache.ray_cluster import RayConfig
     from routesae_cache.runs import RunState
     from routesae_cache.saes.registry import SaeSpec
     from routesae_cache.train import TrainConfig, TrainProgress, TrainResult, TrainStart

@@ -19,7 +19,9 @@ from routesae_cache.contexts.contexts import ContextsConfig, Mined, Mining
 from routesae_cache.contexts.findings import Findings
 from routesae_cache.contexts.mining import NO_TYPE, Activations
 from routesae_cache.devices import resolve_device
-from routesae_cache.ray_pool import RayConfig, Worker, pool
+from routesae_cache.ray_actor import Worker
+from routesae_cache.ray_cluster import RayConfig
+from routesae_cache.ray_pool import pool
 from stores.place import Place
 from stores.reader import StoreReader
 

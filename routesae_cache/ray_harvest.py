@@ -19,7 +19,9 @@ from routesae_cache.harvest import (
     store_with_rows,
 )
 from routesae_cache.harvest_plan import HarvestPlan
-from routesae_cache.ray_pool import Done, Place, Pool, RayConfig, UnlikeWorkersError, Worker, pool
+from routesae_cache.ray_actor import Worker
+from routesae_cache.ray_cluster import RayConfig
+from routesae_cache.ray_pool import Done, Place, Pool, UnlikeWorkersError, pool
 from routesae_cache.workers import open_shared
 from stores.errors import SpecMismatchError
 from stores.writer import StoreWriter

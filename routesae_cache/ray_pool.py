@@ -4,85 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import re
-import socket
 import statistics
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
-import torch
+from routesae_cache.ray_actor import Actor, Loaded, Message, Result, State, Task, Worker
+from routesae_cache.ray_cluster import RayConfig, cluster, threads_of_each
 
 logger = logging.getLogger(__name__)
-LOCAL = "local"
 _POLL_S = 0.5
 _STRAGGLES = 3  # times the usual time for a task
 _STRAGGLES_S = 5.0  # at least
 _LONG_LIFE_S = 600.0  # who dies after that did not die of what it was given
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what it would print about a worker's death, we say
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayConfig:
-    """Where the workers run, and how many."""
-
-    address: str
-    """`local` for a cluster of this machine alone that ends with the work, `auto` for the one
-    that runs here, or HOST:PORT."""
-    workers: int
-    gpus_per_worker: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers: expected at least 1, found {self.workers}")
-        if not 0 <= self.gpus_per_worker < math.inf:
-            raise ValueError(f"gpus per worker: expected 0 or more, found {self.gpus_per_worker}")
-        known = self.address in (LOCAL, "auto")
-        if not known and not re.fullmatch(r"[^:/]+:\d+|\[[^/]+\]:\d+", self.address):
-            raise ValueError(
-                f"ray: expected local, auto or HOST:PORT, found {self.address!r}; "
-                "start the command on a node of the cluster"
-            )
-        import_ray()  # is found missing now
-
-    @property
-    def device(self) -> str:
-        """Of every worker."""
-        return "cuda" if self.gpus_per_worker else "cpu"
-
-
-class Worker(ABC, Generic[Task, Result]):
-    """What one process does with the tasks it is handed; made in that process."""
-
-    hello: Any = None
-    """What the driver is told of it before it has work."""
-
-    @abstractmethod
-    def work(self, task: Task) -> Result:
-        """Do a task; called by several threads at once where tasks are handed out ahead."""
-
-    def state(self) -> Any:
-        """How far its task is; asked for while `work` goes on."""
-        return None
-
-    def stop(self) -> None:
-        """Have `work` return early."""
-
-    def close(self) -> None:
-        """Give back what it holds; not called where the process dies."""
 
 
 class Done(NamedTuple, Generic[Task, Result]):
@@ -146,7 +84,7 @@ class Pool(Generic[Task, Result]):
     ) -> None:
         self._ray, self._config, self._make = ray, config, make
         self._describe, self._ahead = describe, ahead
-        self._threads = _threads(ray, config)
+        self._threads = threads_of_each(ray, config)
         self._running: dict[Any, tuple[Place[Task], Task | None]] = {}
         self._fruitless = 0
         self._stopping = False
@@ -197,7 +135,7 @@ class Pool(Generic[Task, Result]):
             self._ray.kill(place.actor)
 
     def _hire(self, place: Place[Task]) -> None:
-        actor = self._ray.remote(_Actor).options(
+        actor = self._ray.remote(Actor).options(
             num_cpus=1,
             num_gpus=self._config.gpus_per_worker,
             scheduling_strategy="SPREAD",
@@ -241,9 +179,9 @@ class Pool(Generic[Task, Result]):
                 self._replace(place, str(error))
                 break
             self._repeat(answer.messages)
-            if isinstance(answer, _Loaded):
+            if isinstance(answer, Loaded):
                 self._take_on(place, answer)
-            elif isinstance(answer, _State):
+            elif isinstance(answer, State):
                 place.state, place.polled = answer.value, time.monotonic()
             else:
                 assert task is not None
@@ -257,7 +195,7 @@ class Pool(Generic[Task, Result]):
                 place.polled = math.inf
                 self._running[place.actor.state.remote()] = place, None
 
-    def _take_on(self, place: Place[Task], loaded: _Loaded) -> None:
+    def _take_on(self, place: Place[Task], loaded: Loaded) -> None:
         if self._hello is None:
             self._hello = loaded.hello
         elif loaded.hello != self._hello:
@@ -312,7 +250,7 @@ class Pool(Generic[Task, Result]):
     def _names(self, tasks: Iterable[Task]) -> str:
         return " and ".join(map(self._describe, tasks))
 
-    def _repeat(self, messages: Iterable[_Message]) -> None:
+    def _repeat(self, messages: Iterable[Message]) -> None:
         """What the workers log, once where several say the same."""
         for name, level, text in messages:
             if (name, text) not in self._said:
@@ -332,93 +270,6 @@ class UnlikeWorkersError(ValueError):
         self.first, self.other, self.host = first, other, host
 
 
-_Message = tuple[str, int, str]
-"""Logger, level, text."""
-
-
-class _Loaded(NamedTuple):
-    """What a process says once it has made its worker."""
-
-    hello: Any
-    host: str
-    pid: int
-    messages: list[_Message]
-
-
-class _State(NamedTuple):
-    """How far a worker is."""
-
-    value: Any
-    messages: list[_Message]
-
-
-class _Worked(NamedTuple):
-    """What came of a task."""
-
-    value: Any
-    messages: list[_Message]
-
-
-class _Messages(logging.Handler):
-    """Keeps what is logged, for the driver to fetch."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._kept: deque[_Message] = deque()
-        for name in ("routesae_cache", "stores"):
-            logging.getLogger(name).addHandler(self)
-            logging.getLogger(name).setLevel(logging.INFO)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._kept.append((record.name, record.levelno, record.getMessage()))
-
-    def fetch(self) -> list[_Message]:
-        """What came since the last time."""
-        return [self._kept.popleft() for _ in range(len(self._kept))]
-
-
-class _Actor:
-    """A process of Ray's with a worker in it."""
-
-    def __init__(self, make: Callable[[], Worker[Any, Any]], threads: int, folder: Path) -> None:
-        self._make, self._threads = make, threads
-        with suppress(OSError):  # it is not there: nor are paths that start from it
-            os.chdir(folder)
-        self._messages = _Messages()
-
-    def load(self) -> _Loaded:
-        """Make the worker; the same number of threads for every one."""
-        torch.set_num_threads(self._threads)
-        self._worker = self._make()
-        fetched = self._messages.fetch()
-        return _Loaded(self._worker.hello, socket.gethostname(), os.getpid(), fetched)
-
-    def work(self, task: Any) -> _Worked:
-        result = self._worker.work(task)
-        return _Worked(result, self._messages.fetch())
-
-    def state(self) -> _State:
-        return _State(self._worker.state(), self._messages.fetch())
-
-    def stop(self) -> None:
-        self._worker.stop()
-
-    def close(self) -> None:
-        self._worker.close()
-
-
-def import_ray() -> Any:
-    """Ray, which is an extra; ValueError where it is not installed."""
-    os.environ.update(_ENVIRONMENT)
-    try:
-        import ray
-    except ImportError:
-        raise ValueError(
-            "--ray needs Ray, which is not installed: pip install 'routesae-cache[ray]'"
-        ) from None
-    return ray
-
-
 @contextmanager
 def pool(
     config: RayConfig,
@@ -431,51 +282,9 @@ def pool(
 
     ValueError where there is no such cluster, or not the GPUs for a worker.
     """
-    with _cluster(config) as ray:
+    with cluster(config) as ray:
         found = Pool(ray, config, make, describe=describe, ahead=ahead)
         try:
             yield found
         finally:
             found.dismiss()
-
-
-@contextmanager
-def _cluster(config: RayConfig) -> Iterator[Any]:
-    ray = import_ray()
-    where: dict[str, Any] = {"address": config.address}
-    if config.address == LOCAL:
-        where |= {"num_cpus": max(config.workers, _cores()), "include_dashboard": False}
-        where |= {"object_store_memory": 100 << 20}  # little goes through it
-    try:
-        if config.address not in (LOCAL, "auto"):  # Ray itself tries for a minute
-            host, _, port = config.address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ValueError(
-            f"no Ray cluster at {config.address!r}: {error}\nStart one with `ray start --head` "
-            "and this command on one of its nodes, or use --ray local"
-        ) from error
-    try:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if config.gpus_per_worker > gpus:
-            raise ValueError(
-                f"a worker is to have {config.gpus_per_worker:g} GPUs, the Ray cluster has "
-                f"{gpus:g}; lower --gpus-per-worker (0: on CPUs)"
-            )
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _threads(ray: Any, config: RayConfig) -> int:
-    """PyTorch's threads in each worker: cores of the smallest node, over its workers."""
-    if config.address == LOCAL:
-        return max(1, _cores() // config.workers)
-    cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    nodes = [int(n) for n in cores if n >= 1]
-    return max(1, min(nodes, default=1) // math.ceil(config.workers / max(1, len(nodes))))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

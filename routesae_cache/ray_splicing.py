@@ -11,7 +11,9 @@ from routesae_cache.devices import resolve_device
 from routesae_cache.kernels import keep_freed_memory
 from routesae_cache.metrics import Spliced
 from routesae_cache.origin import origin_lm
-from routesae_cache.ray_pool import RayConfig, Worker, pool
+from routesae_cache.ray_actor import Worker
+from routesae_cache.ray_cluster import RayConfig
+from routesae_cache.ray_pool import pool
 from routesae_cache.splicing.evaluate import (
     RowsSums,
     SplicedConfig,

@@ -18,7 +18,9 @@ from routesae_cache.devices import resolve_device
 from routesae_cache.kernels import keep_freed_memory
 from routesae_cache.loggers import LoggerError
 from routesae_cache.packing import pack
-from routesae_cache.ray_pool import Pool, RayConfig, Worker, pool
+from routesae_cache.ray_actor import Worker
+from routesae_cache.ray_cluster import RayConfig
+from routesae_cache.ray_pool import Pool, pool
 from routesae_cache.runs import Asked, RunState
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.registry import build_sae

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from routesae_cache import ray_pool
-from routesae_cache.ray_pool import Done, Place, RayConfig
+from routesae_cache import ray_cluster
+from routesae_cache.ray_cluster import RayConfig
+from routesae_cache.ray_pool import Done, Place
 
 
 class InlinePool:
@@ -45,5 +46,5 @@ def without_ray(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
     def inline(config: RayConfig, make: Any, **_: Any) -> Iterator[InlinePool]:
         yield InlinePool(config, make)
 
-    patch.setattr(ray_pool, "import_ray", lambda: None)
+    patch.setattr(ray_cluster, "import_ray", lambda: None)
     patch.setattr(module, "pool", inline)

@@ -187,7 +187,7 @@ def test_others_on_ray_refuse(command: list[str], monkeypatch: pytest.MonkeyPatc
 def test_ray_is_for_splicing(
     store: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("routesae_cache.ray_pool.import_ray", lambda: None)
+    monkeypatch.setattr("routesae_cache.ray_cluster.import_ray", lambda: None)
     refused(routesae("evaluate", store, *runs, "--ray", "local"), "--ray belongs to --spliced")
 
 

@@ -24,7 +24,7 @@ from routesae_cache.contexts.records import AtThreshold, Summary
 from routesae_cache.contexts.text import CLOSE, OPEN, StoreText
 from routesae_cache.json_files import read_json
 from routesae_cache.origin import origin_tokenizer
-from routesae_cache.ray_pool import RayConfig
+from routesae_cache.ray_cluster import RayConfig
 from routesae_cache.train import TrainConfig, train
 from stores.reader import StoreReader
 from tests.command_helpers import routesae

@@ -35,7 +35,7 @@ ALONE = {
     "wandb": {"routesae_cache.loggers"},
     "openai": {"routesae_cache.interpretation.chat"},
     "vl_convert": {"routesae_cache.report.assets", "routesae_cache.report.page"},
-    "ray": {"routesae_cache.ray_pool"},
+    "ray": {"routesae_cache.ray_cluster"},
     "torch.distributed": {"routesae_cache.parallel"},
 }
 

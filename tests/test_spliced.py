@@ -19,7 +19,7 @@ from routesae_cache import ray_splicing
 from routesae_cache.lm import LanguageModel, ModelError
 from routesae_cache.metrics import Estimate, RowSums, Spliced, SplicedMetrics
 from routesae_cache.origin import origin_lm
-from routesae_cache.ray_pool import RayConfig
+from routesae_cache.ray_cluster import RayConfig
 from routesae_cache.splicing import evaluate as spliced
 from routesae_cache.splicing import passes as passes_module
 from routesae_cache.splicing import predictions

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from routesae_cache.ray_pool import import_ray
+from routesae_cache.ray_cluster import import_ray
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster

@@ -12,8 +12,8 @@ import torch
 
 from routesae_cache.harvest import HarvestProgress, harvest
 from routesae_cache.harvest_plan import HarvestConfig, HarvestPlan, plan_harvest
+from routesae_cache.ray_cluster import RayConfig, import_ray
 from routesae_cache.ray_harvest import harvest_on_ray
-from routesae_cache.ray_pool import RayConfig, import_ray
 from stores.errors import NonFiniteError, SpecMismatchError
 from stores.locks import FOLDER
 from stores.reader import StoreReader
@@ -56,11 +56,12 @@ def test_a_worker_and_a_node_are_killed(
 ) -> None:
     cluster.add_node(num_cpus=1)
     killed: list[str] = []
+    pids: list[int] = []
     states: list[HarvestProgress] = []
 
     def progress(state: HarvestProgress) -> None:
         states.append(state)
-        busy = [worker for worker in state.workers if worker.chunks]
+        busy = [worker for worker in state.workers if worker.chunks and worker.pid not in pids]
         if not busy:
             return
         assert busy[-1].pid is not None
@@ -68,6 +69,7 @@ def test_a_worker_and_a_node_are_killed(
         if state.done > 5 * 64 and not killed:
             os.kill(busy[-1].pid, signal.SIGKILL)
             killed.append("worker")
+            pids.append(busy[-1].pid)
         elif state.done > 12 * 64 and len(killed) == 1:
             node = node_of(cluster, busy[-1].pid)
             os.kill(busy[-1].pid, signal.SIGKILL)  # with everything on it

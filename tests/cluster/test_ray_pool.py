@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from routesae_cache import ray_pool
-from routesae_cache.ray_pool import RayConfig, Worker, WorkersDieError, pool
+from routesae_cache.ray_actor import Worker
+from routesae_cache.ray_cluster import RayConfig
+from routesae_cache.ray_pool import WorkersDieError, pool
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster

@@ -14,7 +14,8 @@ import pytest
 
 from routesae_cache import ray_train
 from routesae_cache.loggers import LogConfig
-from routesae_cache.ray_pool import Pool, RayConfig
+from routesae_cache.ray_cluster import RayConfig
+from routesae_cache.ray_pool import Pool
 from routesae_cache.ray_train import train_on_ray
 from routesae_cache.runs import Asked
 from routesae_cache.train import TrainConfig, TrainProgress, TrainStart, train
