@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def plan_table(plan: Plan, gpu: str) -> Table:
-    """Every part of both stages, the bottleneck marked; bytes and money."""
+    """Every part of both stages, the one that limits each marked; bytes and money."""
     table = _table(
-        f"A store of {size(plan.store_bytes)}, {plan.bits:.2f} bits a value",
+        f"A store of {size(plan.store_bytes)}, {plan.bits:.2f} bits a value; ◀ limits a stage",
         ("", "at", ">time", ">tokens/s", ">bytes", ">USD", ""),
     )
     for name, stage in (("Harvest", plan.harvest), ("Training", plan.training)):
@@ -35,12 +34,12 @@ def plan_table(plan: Plan, gpu: str) -> Table:
         )
         for part in (*stage.before, *stage.parts):
             first = "first" if part in stage.before else ""
-            mark = "[yellow]◀ the bottleneck[/]" if part == stage.bottleneck else first
+            mark = "[yellow]◀[/]" if part == stage.bottleneck else first
             table.add_row(f"  {part.what}", part.place, duration(part.seconds), "", "", "", mark)
         table.add_section()
     for name, dollars in (
         ("Storage", plan.storage_dollars),
-        ("Reading beyond its cloud", plan.egress_dollars),
+        ("Egress", plan.egress_dollars),
         ("[bold]Everything[/]", plan.dollars),
     ):
         table.add_row(name, "", "", "", "", _dollars(dollars), "")
@@ -49,13 +48,16 @@ def plan_table(plan: Plan, gpu: str) -> Table:
 
 def codec_table(plans: Sequence[tuple[ResidualCodec, Plan]]) -> Table:
     """What each codec buys."""
-    table = _table("The same in every codec", ("codec", ">bits", ">store", *_STAGES, ">USD"))
+    table = _table("The same in every codec", ("codec", ">store", *_STAGES, ">USD"))
     for codec, plan in plans:
-        parameters = {k: v for k, v in codec.to_dict().items() if k != "kind" and v}
-        name = " ".join([codec.kind, *(f"{k} {v:g}" for k, v in parameters.items())])
+        parameters = [f"{v:g}" for k, v in codec.to_dict().items() if k != "kind" and v]
         stages = (*_stage(plan.harvest), *_stage(plan.training))
-        store = size(plan.store_bytes)
-        table.add_row(name, f"{plan.bits:.2f}", store, *stages, _dollars(plan.dollars))
+        table.add_row(
+            " ".join([codec.kind, *parameters]),
+            size(plan.store_bytes),
+            *stages,
+            _dollars(plan.dollars),
+        )
     return table
 
 
@@ -63,14 +65,12 @@ def worker_table(plans: Sequence[tuple[int, Plan]]) -> Table:
     """What more workers buy, and what they wait for."""
     table = _table(
         "With so many workers, in the harvest and in the training",
-        (">workers", ">tokens/s", *_STAGES[:2], ">tokens/s", *_STAGES[2:], ">USD"),
+        (">workers", ">tokens/s", *_STAGES, ">USD"),
     )
     for number, plan in plans:
-        stages = (
-            (f"{stage.tokens_per_second:,.0f}", *_stage(stage))
-            for stage in (plan.harvest, plan.training)
-        )
-        table.add_row(str(number), *chain(*stages), _dollars(plan.dollars))
+        speed = f"{plan.harvest.tokens_per_second:,.0f}"
+        stages = (*_stage(plan.harvest), *_stage(plan.training))
+        table.add_row(str(number), speed, *stages, _dollars(plan.dollars))
     return table
 
 
@@ -78,15 +78,17 @@ def figure_table(figures: Sequence[Figure]) -> Table:
     """Every rate and price that a plan was computed from."""
     table = _table(
         "Computed from these; --set NAME=NUMBER or --rates FILE.toml puts others in their place",
-        ("name", ">value", "unit", "basis", "what it is"),
+        ("name", ">value", "basis", "what it is"),
     )
+    table.columns[0].no_wrap = True  # --set takes it whole
     for figure in figures:
         basis = f"[yellow]{figure.basis}[/]" if figure.basis == "assumed" else figure.basis
-        table.add_row(figure.name, f"{figure.value:.4g}", figure.unit, basis, escape(figure.note))
+        what = ", ".join(filter(None, (figure.unit, figure.note)))
+        table.add_row(figure.name, f"{figure.value:.4g}", basis, escape(what))
     return table
 
 
-_STAGES = (">harvest", "limited by", ">training", "limited by")
+_STAGES = (">harvest", "limit", ">training", "limit")
 
 
 def _stage(stage: StagePlan) -> tuple[str, str]:

@@ -208,13 +208,13 @@ def _harvest(setting: Setting, rates: Rates, store_bytes: float) -> StagePlan:
     encoding = crowded * values * rates.encode_ns(setting.codec.kind) * 1e-9 / rates.cores
     parts = [
         Part("model", _computing(rates), computed * _model_seconds(setting, rates)),
-        Part("encode and write", "cores", encoding),
+        Part("encode", "cores", encoding),
     ]
     if rates.transfer_bytes is not None:
         seconds = each * values * _BFLOAT16 / rates.transfer_bytes
-        parts.append(Part("residuals to the host", "GPU", seconds))
+        parts.append(Part("copies", "GPU", seconds))
     parts += _moving(store_bytes, each / tokens, rates)
-    rows = Part("text to token rows", "cores", tokens * rates.tokenise_us * 1e-6)
+    rows = Part("token rows", "cores", tokens * rates.tokenise_us * 1e-6)
     return StagePlan(
         workers=setting.workers,
         before=(_start(rates), rows),
@@ -242,17 +242,17 @@ def _training(setting: Setting, rates: Rates) -> StagePlan:
     weights, steps = matrix_weights(setting.saes, width), tokens / setting.batch_tokens
     parts = [
         Part("SAE steps", _computing(rates), computed * step),
-        Part("read and decode", "cores", crowded * width * decode_ns * 1e-9 / readers),
+        Part("decode", "cores", crowded * width * decode_ns * 1e-9 / readers),
     ]
     if rates.memory_bandwidth is not None:
         seconds = steps * weights * _ADAM_BYTES / rates.memory_bandwidth
         parts.append(Part("Adam", "GPU", seconds))
     if rates.transfer_bytes is not None:
         seconds = each * len(wanted) * width * _FLOAT32 / rates.transfer_bytes
-        parts.append(Part("residuals to the GPU", "GPU", seconds))
+        parts.append(Part("copies", "GPU", seconds))
     if setting.ranks > 1:
         sent = 2 * (1 - 1 / setting.ranks) * weights * _FLOAT32
-        parts.append(Part("sum of gradients", _computing(rates), steps * sent / rates.reduce_bytes))
+        parts.append(Part("gradients", _computing(rates), steps * sent / rates.reduce_bytes))
     parts += _moving(n_bytes, 1 / setting.ranks, rates)
     return StagePlan(
         workers=setting.ranks,

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from cli.plan_tables import codec_table, figure_table, plan_table, worker_table
 from routesae_cache.plan import COMPARED, Setting, plan, with_codecs, with_workers
 from routesae_cache.presets import MODELS, ModelSizes
 from routesae_cache.rates import GPUS, RATE_NAMES, RateError, Rates, rates_for
@@ -73,8 +75,8 @@ def test_an_example_by_hand() -> None:
     # 2 x 3 blocks x (10,000 + 2 x 16 x 64) = 72,288 FLOP a token, 65,536 tokens, at 5e8 FLOP/s
     assert harvest["model"] == ("GPU", pytest.approx(9.474932736))
     # 65,536 x 128 values x 2 bytes at 1e7; x 1000 ns on 8 cores
-    assert harvest["residuals to the host"] == ("GPU", pytest.approx(1.6777216))
-    assert harvest["encode and write"] == ("cores", pytest.approx(1.048576))
+    assert harvest["copies"] == ("GPU", pytest.approx(1.6777216))
+    assert harvest["encode"] == ("cores", pytest.approx(1.048576))
     # half of the bytes over each worker's network, all of them into the storage
     assert harvest["network"] == ("network", pytest.approx(13.2120576))
     assert harvest["storage"] == ("storage", pytest.approx(6.6060288))
@@ -89,10 +91,10 @@ def test_an_example_by_hand() -> None:
     assert training["SAE steps"] == ("GPU", pytest.approx(131.072))
     # 100 steps, 2 x 512 x 64 weights: 28 bytes at 1e7; 2 x 1/2 x 4 bytes at 1e8
     assert training["Adam"] == ("GPU", pytest.approx(18.35008))
-    assert training["sum of gradients"] == ("GPU", pytest.approx(0.262144))
+    assert training["gradients"] == ("GPU", pytest.approx(0.262144))
     # 50,000 tokens of 128 values, 4 bytes at 1e7; 500 + 250 ns on the 4 threads that read
-    assert training["residuals to the GPU"] == ("GPU", pytest.approx(2.56))
-    assert training["read and decode"] == ("cores", pytest.approx(1.2))
+    assert training["copies"] == ("GPU", pytest.approx(2.56))
+    assert training["decode"] == ("cores", pytest.approx(1.2))
     # 100,000 x 128 x 12.6 bits
     assert found.training.n_bytes == pytest.approx(20_160_000)
     assert training["storage"] == ("storage", pytest.approx(5.04))
@@ -162,14 +164,14 @@ def _all(stage):  # type: ignore[no-untyped-def]
     ("slow", "stage", "what"),
     [
         ({"bf16_flops": 1e6}, "harvest", "model"),
-        ({"encode_ns_bf16": 1e9}, "harvest", "encode and write"),
+        ({"encode_ns_bf16": 1e9}, "harvest", "encode"),
         ({"network_bytes": 1e3}, "harvest", "network"),
         ({"storage_bytes": 1e3}, "harvest", "storage"),
         ({"float32_flops": 1e5}, "training", "SAE steps"),
-        ({"reader_threads": 1e-3}, "training", "read and decode"),
-        ({"transfer_bytes": 1e3}, "training", "residuals to the GPU"),
+        ({"reader_threads": 1e-3}, "training", "decode"),
+        ({"transfer_bytes": 1e3}, "training", "copies"),
         ({"memory_bandwidth": 1e3}, "training", "Adam"),
-        ({"reduce_bytes": 1e3}, "training", "sum of gradients"),
+        ({"reduce_bytes": 1e3}, "training", "gradients"),
         ({"network_bytes": 1e3}, "training", "network"),
         ({"storage_bytes": 1e3}, "training", "storage"),
     ],
@@ -320,7 +322,7 @@ def test_command_shows_and_writes_the_plan(tmp_path: Path) -> None:
     arguments = ["--tokens", "1e9", "--workers", "16", "--set", "cores=8", "--rates", rates]
     result = routesae("plan", *arguments, "--json", file)
     assert result.exit_code == 0, result.output
-    for words in ("16 × h100", "bottleneck", "delta step 0.2", "assumed", "data sheet"):
+    for words in ("16 × h100", "◀", "delta 0.2", "assumed", "data sheet"):
         assert words in result.output
     record = json.loads(file.read_text("utf-8"))
     figures = {figure["name"]: (figure["value"], figure["basis"]) for figure in record["rates"]}
@@ -331,6 +333,24 @@ def test_command_shows_and_writes_the_plan(tmp_path: Path) -> None:
     own = [p for p in record["codecs"] if p["codec"] == record["setting"]["codec"]]
     assert own == [{"codec": record["setting"]["codec"], **record["plan"]}]
     assert [p["workers"] for p in record["workers"]] == [1, 2, 4, 16, 64]
+
+
+def test_tables_fit_80_characters() -> None:
+    rates = rates_for("h100", {"machine_cores": 1000, "model_tokens_per_second": 20_000})
+    setting = dataclasses.replace(SETTING, model=MODELS["llama-3.1-8b"].sizes, tokens=10**9)
+    tables = (
+        plan_table(plan(setting, rates), "h100"),
+        codec_table(with_codecs(setting, rates)),
+        worker_table(with_workers(setting, rates, (1, 64))),
+        figure_table(rates.figures()),
+    )
+    console = Console(width=80)
+    with console.capture() as shown:
+        for table in tables:
+            console.print(table)
+    assert "…" not in shown.get()
+    cells = {cell for line in shown.get().splitlines() for cell in line.split()}
+    assert set(RATE_NAMES) | {"gradients", "delta", "int8", "decode"} <= cells
 
 
 @pytest.mark.parametrize(
