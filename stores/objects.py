@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from stores.errors import PlaceError, StoreError
@@ -26,6 +27,8 @@ _REQUEST_S = 120.0  # of one attempt
 RETRIES_S = 120.0
 """After so long a request that failed is not sent again."""
 _PARALLEL = 32
+_CUT_OFF = "response body"  # what obstore says of it, among other things
+T = TypeVar("T")
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
@@ -123,8 +126,8 @@ class ObjectPlace(Place):
                     },
                 },
             )
-            if check:
-                next(iter(obstore.list(client, chunk_size=1)), None)
+        if check:
+            self._read(lambda: next(iter(obstore.list(client, chunk_size=1)), None))
         return client
 
     @contextmanager
@@ -140,12 +143,32 @@ class ObjectPlace(Place):
                 raise
             raise PlaceError(self, _reason(error)) from error
 
+    def _read(self, operation: Callable[[], T], key: str = "") -> T:
+        """What an operation gives that changes nothing; again if its answer was cut off.
+
+        obstore itself tries again what failed before the answer began, and some of the others.
+        """
+        give_up, pause = time.monotonic() + RETRIES_S, 0.1
+        with self._errors(key):
+            while True:
+                try:
+                    return operation()
+                except _obstore().exceptions.GenericError as error:
+                    if _CUT_OFF not in str(error) or time.monotonic() > give_up:
+                        raise
+                time.sleep(pause)
+                pause = min(2 * pause, 10.0)
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
+        """All objects in a folder and in those inside it."""
+        batches = partial(_obstore().list, self._client, folder or None, chunk_size=1000)
+        return self._read(lambda: [found for batch in batches() for found in batch])
+
     def exists(self) -> bool:
         return self.entry(_DESCRIPTION) is not None  # what `make` writes last
 
     def read(self, key: str) -> bytes:
-        with self._errors(key):
-            return bytes(_obstore().get(self._client, key).bytes())
+        return self._read(lambda: bytes(_obstore().get(self._client, key).bytes()), key)
 
     def fetch(self, keys: Iterable[str]) -> list[Callable[[], bytes]]:
         return [self._pool.submit(self.read, key).result for key in keys]
@@ -179,8 +202,7 @@ class ObjectPlace(Place):
     def entry(self, key: str) -> Entry | None:
         """What is known of an object, None where there is none."""
         try:
-            with self._errors(key):
-                found = _obstore().head(self._client, key)
+            found = self._read(lambda: _obstore().head(self._client, key), key)
         except FileNotFoundError:
             return None
         return Entry(found["last_modified"], found["e_tag"])
@@ -205,28 +227,24 @@ class ObjectPlace(Place):
     def remove_all(self) -> None:
         # the description first: without it there is no store
         self.remove(_DESCRIPTION)
+        paths = [found["path"] for found in self._list("")]
         with self._errors():
-            for batch in _obstore().list(self._client, chunk_size=1000):
-                _obstore().delete(self._client, [found["path"] for found in batch])
+            for start in range(0, len(paths), 1000):
+                _obstore().delete(self._client, paths[start : start + 1000])
 
     def remove_leftovers(self, keys: Iterable[str] | None = None) -> None:
         """An object that was not written whole is not there."""
 
     def names(self, folder: str) -> list[str]:
-        with self._errors():
-            batches = _obstore().list(self._client, folder, chunk_size=1000)
-            paths = [found["path"] for batch in batches for found in batch]
+        paths = (found["path"] for found in self._list(folder))
         below = (path.removeprefix(f"{folder}/").split("/") for path in paths)
         return list(dict.fromkeys(parts[0] for parts in below))
 
     def size(self, key: str) -> int:
-        with self._errors(key):
-            return int(_obstore().head(self._client, key)["size"])
+        return int(self._read(lambda: _obstore().head(self._client, key)["size"], key))
 
     def total_size(self, folder: str = "") -> int:
-        with self._errors():
-            batches = _obstore().list(self._client, folder or None, chunk_size=1000)
-            return sum(int(found["size"]) for batch in batches for found in batch)
+        return sum(int(found["size"]) for found in self._list(folder))
 
     def free_bytes(self) -> None:
         """There is no limit; that it can be reached is found here."""

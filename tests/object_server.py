@@ -99,8 +99,11 @@ def object_server() -> Iterator[ObjectServer]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     app.url = f"http://127.0.0.1:{server.server_port}"
-    request = urllib.request.Request(f"{app.url}/{BUCKET}", method="PUT")
-    urllib.request.urlopen(request).close()
+    # all of moto's servers in a process have the same objects
+    for method, path in (("POST", "moto-api/reset"), ("PUT", BUCKET)):
+        request = urllib.request.Request(f"{app.url}/{path}", method=method)
+        urllib.request.urlopen(request).close()
+    app.requests.clear()
     try:
         yield app
     finally:
