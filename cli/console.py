@@ -1,11 +1,9 @@
-"""What commands share: errors as messages, signals, progress bars, numbers for people."""
+"""What commands share: errors as messages, progress bars, numbers for people."""
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cli.stopping import exit_code, going_on, termination_raised
+
 _PIPED_WIDTH = 120
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
@@ -31,39 +31,38 @@ err = Console(stderr=True, highlight=False)
 P = ParamSpec("P")
 R = TypeVar("R")
 USER_ERROR = 2
-INTERRUPTED = 130
 
 
 def handled(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what a user can mend into a message and exit code 2, and Ctrl-C into a hint."""
+    """Turn what a user can mend into a message and exit code 2, and being stopped into a hint."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         _log_to_screen()
-        try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            err.print(
-                "\nStopped. What was finished is kept; the same command goes on from there "
-                "(`train` and `sweep` with --resume)."
-            )
-            raise typer.Exit(INTERRUPTED) from None
-        except (ValueError, OSError) as error:
-            err.print(f"[bold red]Error:[/] {escape(_message(error))}", soft_wrap=True)
-            raise typer.Exit(USER_ERROR) from None
+        with termination_raised() as outermost:
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt as stop:
+                if outermost:  # otherwise it is the pipeline that one goes on with
+                    err.print(f"\nStopped. {escape(going_on(command.__name__))}", soft_wrap=True)
+                raise typer.Exit(exit_code(stop)) from None
+            except (ValueError, OSError) as error:
+                err.print(f"[bold red]Error:[/] {escape(_message(error))}", soft_wrap=True)
+                raise typer.Exit(USER_ERROR) from None
 
     return wrapper
 
 
 def _message(error: Exception) -> str:
+    from routesae_cache.whole_files import FullDiskError
+
+    if isinstance(error, FullDiskError):
+        return (
+            f"{error.strerror}. What was finished is intact: free space and run the same command "
+            "again (`train` and `sweep` with --resume)."
+        )
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        if error.errno == errno.ENOSPC:
-            return (
-                f"{where}the disk is full. What is committed is intact: free space and run the "
-                "same command again, it goes on from there."
-            )
-        return f"{where}{error.strerror or error}"
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return str(error)
 
 
@@ -74,30 +73,6 @@ def _log_to_screen() -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Have the first Ctrl-C or SIGTERM asked for instead of raised; the second one acts at once.
-
-    Yields what tells whether there was one.
-    """
-    asked = False
-
-    def note(*_: Any) -> None:
-        nonlocal asked
-        asked = True
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        restore()
 
 
 def bar_columns() -> tuple[Any, ...]:
@@ -115,13 +90,21 @@ def bar_columns() -> tuple[Any, ...]:
 
 @contextmanager
 def bar(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields `update(completed, total, note)`, each argument optional."""
+    """A progress bar; yields `update(completed, total, note, begin)`, each argument optional.
+
+    `begin` is where this process begins to count: what was done before is no measure of its speed.
+    """
     with Progress(*bar_columns(), console=err, transient=False) as progress:
         task = progress.add_task(description, total=total, note="")
 
         def update(
-            completed: float | None = None, total: float | None = None, note: str | None = None
+            completed: float | None = None,
+            total: float | None = None,
+            note: str | None = None,
+            begin: int | None = None,
         ) -> None:
+            if begin is not None:
+                progress.reset(task, completed=begin)
             fields: dict[str, Any] = {} if note is None else {"note": note}
             progress.update(task, completed=completed, total=total, **fields)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,7 @@ def contexts(
     cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Opening the store"):
         from routesae_cache.contexts.contexts import ContextsConfig, mine_contexts
+        from routesae_cache.whole_files import named_full_disk
         from stores.reader import StoreReader
 
         config = ContextsConfig(
@@ -101,10 +103,19 @@ def contexts(
             from routesae_cache.ray_contexts import mine_on_ray
 
             mine_contexts = partial(mine_on_ray, cluster=cluster)
-    with bar("Mining") as update:
-        mined = mine_contexts(
-            reader, runs, config, lambda done, total: update(completed=done, total=total)
-        )
+    looked_at = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal looked_at
+        looked_at = done / total
+        update(completed=done, total=total)
+
+    free = _free_bytes(target)
+    with (  # what was free was enough for what was looked at
+        bar("Mining") as update,
+        named_full_disk(target, lambda: free / looked_at if looked_at else None),
+    ):
+        mined = mine_contexts(reader, runs, config, show)
     out.print(_counts_table(mined))
     for table in threshold_tables(mined):
         out.print(table)
@@ -123,6 +134,14 @@ def contexts(
         places = [one.contexts, one.activations, *([one.delphi] if one.delphi else [])]
         out.print(f"{one.name}: {', '.join(map(str, places))}", soft_wrap=True)
     return [one.contexts for one in mined]
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of the disk where a folder is or is to be."""
+    found = folder.absolute()
+    while not found.exists():
+        found = found.parent
+    return shutil.disk_usage(found).free
 
 
 def _number(option: str, text: str) -> float:

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.console import bar, duration, err, layer_list, out, size
-from cli.harvesting import HarvestBar, harvest_by_share, harvest_on_cluster, show_rate, show_share
+from cli.console import duration, err, layer_list, out, size
+from cli.harvesting import (
+    harvest_bar,
+    harvest_by_share,
+    harvest_on_cluster,
+    show_rate,
+    show_share,
+)
 from cli.options import (
     Codec,
     CodecKind,
@@ -145,8 +151,8 @@ def harvest(
     if cluster is not None:
         harvest_on_cluster(plan, cluster)
         return
-    with bar("Tokens") as update:
-        result = run_harvest(plan, HarvestBar(update))
+    with harvest_bar(plan) as shown:
+        result = run_harvest(plan, shown)
     show_rate(result.tokens, result.seconds, target)
     out.print(f"See what is in it: routesae store info {target}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -36,8 +37,8 @@ def harvest_by_share(plan: HarvestPlan, share: Share) -> None:
     """Do it, and say what is left."""
     from routesae_cache.workers import harvest_share
 
-    with bar("Tokens") as update:
-        result = harvest_share(plan, share, HarvestBar(update))
+    with harvest_bar(plan) as shown:
+        result = harvest_share(plan, share, shown)
     show_rate(result.tokens, result.seconds, plan.config.out)
     if result.left_of_share:
         out.print(
@@ -62,8 +63,8 @@ def harvest_on_cluster(plan: HarvestPlan, config: RayConfig) -> None:
     """Harvest with Ray, and show what each worker did."""
     from routesae_cache.ray_harvest import harvest_on_ray
 
-    with bar("Tokens") as update:
-        result = harvest_on_ray(plan, config, HarvestBar(update))
+    with harvest_bar(plan) as shown:
+        result = harvest_on_ray(plan, config, shown)
     show_rate(result.tokens, result.seconds, plan.config.out)
     out.print(_worker_table(result.workers))
     out.print(f"See what is in it: routesae store info {plan.config.out}")
@@ -88,6 +89,7 @@ class HarvestBar:
 
     def __init__(self, update: Callable[..., None]) -> None:
         self._update, self._phase, self._start = update, "", 0.0
+        self.bytes_written = 0
 
     def __call__(self, state: HarvestProgress) -> None:
         """Show how far it is."""
@@ -96,6 +98,8 @@ class HarvestBar:
             return
         if state.phase != self._phase:
             self._phase, self._start = state.phase, time.perf_counter()
+            self._update(begin=0)  # token rows come a hundred times as fast as residuals
+        self.bytes_written = state.bytes_written
         rate = state.done / max(time.perf_counter() - self._start, 1e-9)
         note = f"{rate:,.0f} tokens/s"
         if state.workers:
@@ -104,6 +108,19 @@ class HarvestBar:
             bits = 8 * state.bytes_written / max(state.values_written, 1)
             note += f", {size(state.bytes_written)}, {16 / bits:.1f}x under bf16"
         self._update(completed=state.done, total=state.total, note=note)
+
+
+@contextmanager
+def harvest_bar(plan: HarvestPlan) -> Iterator[HarvestBar]:
+    """The line, and what is said of a disk that gets full."""
+    from routesae_cache.whole_files import named_full_disk
+
+    with bar("Tokens") as update:
+        shown = HarvestBar(update)
+        with named_full_disk(
+            plan.config.out, lambda: max(0, plan.bytes_left - shown.bytes_written)
+        ):
+            yield shown
 
 
 def _workers(workers: tuple[WorkerProgress, ...]) -> str:

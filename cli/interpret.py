@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import bar, count, err, out, stop_signals
+from cli.console import bar, count, err, out
 from cli.options import Seed
+from cli.stopping import stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,6 +91,7 @@ def interpret(
             result_path,
         )
         from routesae_cache.interpretation.interpret import interpret as run_interpretation
+        from routesae_cache.whole_files import named_full_disk
 
         config = InterpretConfig(
             chat=ChatConfig(
@@ -106,14 +108,18 @@ def interpret(
     if dry_run:
         _show_plan(plan(contexts, config), config)
         return []
-    with stop_signals() as stopped, bar("Asking") as update:
+    with (
+        stop_signals() as stopped,
+        named_full_disk(contexts, lambda: None),
+        bar("Asking") as update,
+    ):
         result = run_interpretation(contexts, config, _progress(update), stopped)
         update(completed=1, total=1, note="")
     _show(result, max_cost)
     out.print(f"Explanations: {result_path(contexts)}", soft_wrap=True)
     out.print(f"Every reply: {replies_path(contexts)}", soft_wrap=True)
     if result.interrupted:
-        raise KeyboardInterrupt
+        raise stopped.error()
     if result.with_status("failed") or "failed" in result.undetected():
         raise typer.Exit(1)
     return [result_path(contexts)]

@@ -122,15 +122,25 @@ def recode(
 ) -> None:
     """Write a store again in another codec, without the model."""
     resolved = build_codec(codec, step, keyframe_every)
+    from routesae_cache.whole_files import named_full_disk
+    from stores.layout import read_spec
     from stores.recode import recode as run_recode
 
-    with bar("Recoding") as update:
-        chunks = run_recode(
-            source,
-            target,
-            resolved,
-            on_chunk=lambda done, total: update(completed=done, total=total),
-        )
+    spec, share_left = read_spec(source), 1.0
+    bits = resolved.estimated_bits(len(spec.layers), spec.width) * spec.values_per_token
+
+    def show(done: int, total: int) -> None:
+        nonlocal share_left
+        if share_left == 1:
+            update(begin=done)
+        share_left = 1 - done / total
+        update(completed=done, total=total)
+
+    with (
+        bar("Recoding") as update,
+        named_full_disk(target, lambda: share_left * spec.tokens * bits / 8),
+    ):
+        chunks = run_recode(source, target, resolved, on_chunk=show)
     out.print(f"{chunks} chunks in {target}; look at it: routesae store info {target}")
 
 

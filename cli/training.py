@@ -18,7 +18,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cli.console import bar_columns, count, duration, err, handled, layer_list, out, stop_signals
+from cli.console import bar_columns, count, duration, err, handled, layer_list, out
+from cli.stopping import Stop, raise_stop, stop_signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from stores.place import Place
 
 _NAMED_RUNS = 4  # more are named by their folder in the command that measures them
+_CHECKPOINT_BYTES = 12  # for each parameter: itself and two moments of it
 
 
 class WandbModeKind(StrEnum):
@@ -134,16 +136,22 @@ def run_pass(
 
 def _process(store: Place, specs: Sequence[SaeSpec], config: TrainConfig) -> None:
     """One of several processes, from its beginning to its exit code."""
+
+    def train() -> None:
+        _share(store, specs, config)
+
     try:
-        handled(_share)(store, specs, config)
+        handled(train)()
     except typer.Exit as end:
         raise SystemExit(end.exit_code) from None
 
 
 def _raise(ended: Ended, nproc: int) -> None:
     """What processes that have ended, and said why, mean for the command that started them."""
+    if ended.stop is not None and ended.code > 0:  # they have said that they stopped
+        raise typer.Exit(128 + ended.stop)
     if ended.code == -signal.SIGTERM:
-        raise KeyboardInterrupt
+        raise_stop(128 + (ended.stop or signal.SIGTERM))
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
         err.print(
@@ -168,7 +176,7 @@ def _share(
     with join(config.device) as (world, device):
         out.quiet = err.quiet = not world.leads
         try:
-            result = _pass(store, specs, replace(config, device=device), world, cluster)
+            result, stopped = _pass(store, specs, replace(config, device=device), world, cluster)
         except PeerError as error:
             err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(PEER_LOST) from None
@@ -179,7 +187,7 @@ def _share(
         return
     _report(store, config.out, result)
     if result.interrupted:
-        raise KeyboardInterrupt
+        raise stopped.error()
     if any(state.status == "failed" for state in result.runs):
         raise typer.Exit(1)
 
@@ -190,23 +198,37 @@ def _pass(
     config: TrainConfig,
     world: World,
     cluster: RayConfig | None,
-) -> TrainResult:
+) -> tuple[TrainResult, Stop]:
     with err.status("Opening the store"), world.together():
         from routesae_cache.kernels import keep_freed_memory
         from routesae_cache.sweep import complete
         from routesae_cache.train import train
+        from routesae_cache.whole_files import named_full_disk
         from stores.reader import StoreReader
 
         keep_freed_memory()
         reader = StoreReader(store)
         saes = complete(specs, reader.spec, seed=config.seed)
-    with stop_signals() as stopped, _display(stopped) as display:
+    parameters = 0
+
+    def begin(start: TrainStart) -> None:
+        nonlocal parameters
+        parameters = start.parameters
+        _announce(start)
+        display.begin(start.step, start.total_steps)
+
+    with (
+        stop_signals() as stopped,
+        _display(stopped) as display,
+        named_full_disk(config.out, lambda: _CHECKPOINT_BYTES * parameters),
+    ):
         run = partial(train, world=world)
         if cluster is not None:
             from routesae_cache.ray_train import train_on_ray
 
             run = partial(train_on_ray, cluster=cluster)
-        return run(reader, saes, config, display.update, on_start=_announce, stopped=stopped)
+        result = run(reader, saes, config, display.update, on_start=begin, stopped=stopped)
+    return result, stopped
 
 
 def _announce(start: TrainStart) -> None:
@@ -228,6 +250,10 @@ class _Display:
         self._task = bar.add_task("Training", total=None, note="")
         self._runs: Sequence[RunState] = ()
         self._begin = time.perf_counter()
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Where it begins: steps of earlier calls are no measure of the speed of this one."""
+        self._bar.reset(self._task, completed=step, total=total_steps)
 
     def update(self, state: TrainProgress) -> None:
         self._runs = state.runs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from routesae_cache.json_files import CHECKSUM, DamagedJsonError, partial_of, read_json
+from routesae_cache.json_files import CHECKSUM, DamagedJsonError, read_json
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.registry import build_sae
 from routesae_cache.saes.sae import Sae
+from routesae_cache.whole_files import whole_file
 from stores.json_checksum import json_checksum
 from stores.spec import check_origin
 
@@ -218,10 +220,20 @@ def load_strictly(sae: Sae, tensors: Mapping[str, Tensor], path: Path) -> None:
 def _save(
     path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    temporary = partial_of(path)
     kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, temporary, {**about, CHECKSUM: str(_checksum(kept, about))})
-    temporary.replace(path)
+    size = sum(value.nbytes for value in kept.values())
+    with whole_file(path, size) as temporary:
+        save_tensors(kept, temporary, {**about, CHECKSUM: str(_checksum(kept, about))})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
+    """safetensors' `save_file`, with an OSError where it has one put into words."""
+    try:
+        save_file(tensors, path, about)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), str(error), str(path)) from error
+        raise
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

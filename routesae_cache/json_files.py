@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from routesae_cache.whole_files import whole_file
 from stores.json_checksum import json_checksum
 
 CHECKSUM = "crc32c"
@@ -28,19 +29,9 @@ def write_json(path: Path, value: Any, *, checked: bool = True) -> None:
     """
     if checked and isinstance(value, dict):
         value = with_checksum(value)
-    temporary = partial_of(path)
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(path)
-
-
-def partial_of(path: Path) -> Path:
-    """Where to write a file before it is renamed to `path`; what is there is removed.
-
-    It may be a link that somebody laid, and writing would follow it out of the folder.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    return partial
+    content = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    with whole_file(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def read_json(path: Path) -> Any:

@@ -26,6 +26,8 @@ class Ended(NamedTuple):
     rank: int
     code: int
     """As `Process.exitcode` has it: negative for a signal."""
+    stop: int | None = None
+    """The signal that asked all of them to end, if one did."""
 
 
 def check_processes(count: int, device: str) -> None:
@@ -55,7 +57,7 @@ def launch(work: Callable[..., None], count: int, arguments: Sequence[Any]) -> E
         )
         for rank in range(count)
     ]
-    with _signals_passed_on(processes):
+    with _signals_passed_on(processes) as received:
         _until(processes, lambda: any(process.exitcode for process in processes))
         _until(processes, _late(_PATIENCE))
         codes = [process.exitcode for process in processes]
@@ -64,7 +66,7 @@ def launch(work: Callable[..., None], count: int, arguments: Sequence[Any]) -> E
                 end(process)
             _until(processes, _late(_PATIENCE))
     ended = (Ended(rank, code) for rank, code in enumerate(codes) if code is not None)
-    return min(ended, key=_cause)
+    return min(ended, key=_cause)._replace(stop=next(iter(received), None))
 
 
 def _cause(ended: Ended) -> int:
@@ -84,8 +86,12 @@ def _until(processes: Sequence[BaseProcess], enough: Callable[[], bool]) -> None
 
 
 @contextmanager
-def _signals_passed_on(processes: Sequence[BaseProcess]) -> Generator[None]:
-    def pass_on(*_: Any) -> None:
+def _signals_passed_on(processes: Sequence[BaseProcess]) -> Generator[list[int]]:
+    """Yields the signals that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(number)
         for process in filter(BaseProcess.is_alive, processes):
             process.terminate()
 
@@ -97,7 +103,7 @@ def _signals_passed_on(processes: Sequence[BaseProcess]) -> Generator[None]:
             process.start()
         for number in before:
             signal.signal(number, pass_on)
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -19,10 +19,10 @@ from routesae_cache.json_files import (
     DamagedJsonError,
     json_line,
     parse_json,
-    partial_of,
     read_json,
     write_json,
 )
+from routesae_cache.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,8 @@ class JsonLinesLogger:
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
         """Training time that the kept lines account for."""
-        temporary = partial_of(self._path)
-        temporary.write_bytes(b"".join(map(json_line, kept)))
-        temporary.replace(self._path)
+        with whole_file(self._path) as temporary:
+            temporary.write_bytes(b"".join(map(json_line, kept)))
 
     def log(self, record: Record) -> None:
         with self._path.open("ab") as file:

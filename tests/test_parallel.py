@@ -152,7 +152,7 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     ],
 )
 def test_which_process_failed_first(codes: list[int], cause: tuple[int, int]) -> None:
-    assert min((Ended(*each) for each in enumerate(codes)), key=_cause) == cause
+    assert min((Ended(*each) for each in enumerate(codes)), key=_cause) == Ended(*cause)
 
 
 class Two(World):
@@ -194,9 +194,10 @@ def test_more_processes_than_the_machine_has_room_for() -> None:
     [
         (Ended(0, 0), 0, []),
         (Ended(1, 2), 2, []),  # it has said why
-        (Ended(0, 130), 130, []),
+        (Ended(0, 143, 2), 130, []),
         (Ended(1, -9), 1, ["process 1 of 0 to 1 was killed by SIGKILL", "--resume"]),
-        (Ended(0, -15), 130, ["Stopped.", "--resume"]),
+        (Ended(0, -15), 143, ["Stopped.", "--resume"]),
+        (Ended(0, -15, 2), 130, ["Stopped.", "--resume"]),
     ],
 )
 def test_how_the_command_ends(

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from cli import training
-from cli.console import stop_signals
+from cli.stopping import stop_signals
 from routesae_cache.runs import RunState, run_names
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.sweep import OWN_OPTIONS, Sweep, SweepError, complete, read_sweep
@@ -326,7 +326,7 @@ def test_a_signal_loses_nothing(
         time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert "--resume" in err
     assert "Traceback" not in err
     assert out.count("interrupted") == 2

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from routesae_cache.contexts.mining import NO_LAYER, Activations, Floats, Ints, joined
-from routesae_cache.json_files import partial_of
+from routesae_cache.whole_files import partial_of, rename_durably
 
 _GROUP_ROWS = 1 << 18
 _SCHEMA = pa.schema(
@@ -97,7 +97,7 @@ def activation_file(path: Path, context: int) -> Iterator[ActivationFile]:
         yield file
         file.close()
         path.parent.mkdir(exist_ok=True)
-        partial.replace(path)
+        rename_durably(partial, path)
     except BaseException:
         file.abandon()
         raise

@@ -15,7 +15,8 @@ import numpy as np
 from routesae_cache.contexts.activation_files import histograms
 from routesae_cache.contexts.mining import NO_LAYER, Activations, Ints, StrongestFew, Tally
 from routesae_cache.contexts.text import StoreText
-from routesae_cache.json_files import CHECKSUM, partial_of
+from routesae_cache.json_files import CHECKSUM
+from routesae_cache.whole_files import whole_file
 
 _BINS = 20
 Record = dict[str, Any]
@@ -135,8 +136,7 @@ def write_record(path: Path, head: Record, maps: Mapping[str, Iterable[tuple[int
 
     `json` would take ten times as long to indent it all, and `maps` need not be in memory.
     """
-    partial = partial_of(path)
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         crc = 0
 
         def write(text: str) -> None:
@@ -153,7 +153,6 @@ def write_record(path: Path, head: Record, maps: Mapping[str, Iterable[tuple[int
         # as `read_json` compares it: of the object on one line, without its checksum
         crc = google_crc32c.extend(crc, b"}")
         file.write(f", \n{_json(CHECKSUM)}: {crc}\n}}\n".encode())
-    partial.replace(path)
 
 
 def _json(value: Any) -> str:

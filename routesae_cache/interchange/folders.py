@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from routesae_cache.whole_files import named_full_disk
+
 
 def check_free(out: Path) -> None:
     """ValueError where something is at `out` already, an empty directory apart."""
@@ -22,7 +24,8 @@ def whole_directory(out: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with named_full_disk(out, lambda: None):
+            yield partial
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from routesae_cache.checkpoint import RunConfig
+from routesae_cache.checkpoint import RunConfig, save_tensors
 from routesae_cache.interchange.folding import FoldedCoder
 from routesae_cache.saes.config import CoderKind
 
@@ -55,7 +54,7 @@ def write(folder: Path, config: RunConfig, coder: FoldedCoder, layer: int, model
         "b_dec": coder.bias_D.contiguous(),
     }
     tensors |= {theirs: coder.latent[ours] for theirs, ours in architecture.latent.items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def load(folder: Path) -> Callable[[Tensor], Tensor]:

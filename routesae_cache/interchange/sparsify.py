@@ -8,10 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from routesae_cache.checkpoint import RunConfig
+from routesae_cache.checkpoint import RunConfig, save_tensors
 from routesae_cache.interchange.folding import FoldedCoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -56,7 +55,7 @@ def write(folder: Path, config: RunConfig, coder: FoldedCoder, layer: int, model
         "W_dec": coder.decoder_FD.contiguous(),
         "b_dec": coder.bias_D.contiguous(),
     }
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def load(folder: Path) -> Callable[[Tensor], Tensor]:

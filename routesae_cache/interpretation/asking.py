@@ -107,17 +107,21 @@ class Asker:
             if self.stopping or not await self.budget.reserve(question):
                 return LEFT
             outcome = await self._put(question) or self._log.settled(question)
+            if outcome is LEFT:
+                return LEFT
         self.done += 1
         self.trouble += outcome.status != "parsed"
         return outcome
 
     async def _put(self, question: Question) -> Outcome | None:
-        """One request; its reply goes to the log, a failure is returned."""
+        """One request; its reply goes to the log, a failure or none at all is returned."""
         # what did not parse as JSON may come from a server that only pretends to know schemas
         reply_format: ReplyFormat = "text" if self._log.to(question) else "json"
         reply = None
         try:
-            reply = await self._chat.ask(question, reply_format)
+            reply = await self._reply(question, reply_format)
+            if reply is None:
+                return LEFT
             self._log.add(question, reply)
         except RequestFailedError as error:
             self._count_failure(error)
@@ -129,6 +133,18 @@ class Asker:
             await self.budget.settle(question, reply)
         self._failures_in_a_row = 0
         return None
+
+    async def _reply(self, question: Question, reply_format: ReplyFormat) -> Reply | None:
+        """The reply; None where asking was stopped and it does not come soon after that."""
+        asked = asyncio.ensure_future(self._chat.ask(question, reply_format))
+        patience_s = _GRACE_S
+        try:
+            while not asked.done() and patience_s > 0:
+                await asyncio.wait([asked], timeout=_TICK_S)
+                patience_s -= _TICK_S if self._stopped() else 0
+            return asked.result() if asked.done() else None
+        finally:
+            asked.cancel()
 
     def _count_failure(self, error: RequestFailedError) -> None:
         self._failures_in_a_row += 1

@@ -10,9 +10,9 @@ from typing import Any
 
 import vl_convert
 
-from routesae_cache.json_files import partial_of
 from routesae_cache.report.charts import Plot
 from routesae_cache.report.table import Table
+from routesae_cache.whole_files import whole_file
 from stores.spec import Record
 
 _PIXELS = 2  # a CSS pixel
@@ -33,9 +33,8 @@ def write_assets(
     if browsers:
         files["latents.csv"] = _csv([row for one in browsers for row in _rows(one)]).encode()
     for name, content in files.items():
-        temporary = partial_of(folder / name)
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        with whole_file(folder / name, len(content)) as temporary:
+            temporary.write_bytes(content)
     return [folder / name for name in files]
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from routesae_cache.json_files import partial_of
 from routesae_cache.lm import LanguageModel
 from routesae_cache.report.activity import (
     Activity,
@@ -30,6 +29,7 @@ from routesae_cache.report.plots import build_plots
 from routesae_cache.report.table import ARCHITECTURES, Missing, architecture, build_table
 from routesae_cache.report.text import Segments, Stretch, Strings, TokenText
 from routesae_cache.trained import TrainedSae
+from routesae_cache.whole_files import whole_file
 from stores.places import Where
 from stores.reader import StoreReader
 from stores.spec import Record
@@ -251,6 +251,5 @@ def _why_no_routing(runs: Sequence[FoundRun], reader: StoreReader | None) -> str
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = partial_of(path)
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with whole_file(path, len(content)) as temporary:
+        temporary.write_bytes(content)
