@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 
 from cli.console import duration, err, out, size
 from cli.options import EndpointUrl
+from cli.stopping import raise_stop
 
 if TYPE_CHECKING:
     from routesae_cache.experiment import Experiment, Stage
@@ -69,6 +70,7 @@ def pipeline(
     with err.status("Reading the experiment"):
         from routesae_cache.experiment import STAGES, read_experiment
         from routesae_cache.pipeline import Pipeline
+        from routesae_cache.sole_use import sole_use
 
         experiment = read_experiment(file)
         stages = _Stages(Pipeline(experiment))
@@ -82,8 +84,10 @@ def pipeline(
     if dry_run:
         _show_plan(stages, chosen, forced)
         return
-    for stage in chosen:
-        stages.run(stage, forced=stage in forced)
+    with sole_use(experiment.out, ["pipeline"]):
+        stages = _Stages(Pipeline(experiment))  # another one may have come to its end just now
+        for stage in chosen:
+            stages.run(stage, forced=stage in forced)
     out.print(f"\nEverything of {file} is done; look at {experiment.report}", soft_wrap=True)
 
 
@@ -189,6 +193,7 @@ class _Stages:
         out.print(f"[dim]{escape(_shell(stage, arguments))}[/]", soft_wrap=True)
         outcome = _command(stage).main(list(arguments), standalone_mode=False)
         code = outcome if isinstance(outcome, int) else 0
+        raise_stop(code)
         if stage == "train" and code == 1 and self.pipeline.finished_runs():
             err.print("[yellow]Warning:[/] the stages after this leave out the SAEs that failed")
         elif code:

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +55,9 @@ def train_on_ray(
     with by another, from their last checkpoints. Raises what `train` does, and ValueError where
     there is no such cluster or workers only die.
     """
-    plan, _, ended = prepare(reader, saes, config)
+    plan, _ = prepare(reader, saes, config)
+    with ExitStack() as holding:  # from there on the workers have them
+        ended = plan.settle(holding)
     names = [run.name for run in plan.runs]
     states = [s or RunState(name, "training") for s, name in zip(ended, names, strict=True)]
     todo = [index for index, state in enumerate(ended) if state is None]

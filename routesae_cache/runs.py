@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from routesae_cache.parallel import ALONE, World
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.output import SaeOutput
 from routesae_cache.saes.registry import build_sae, short_name
+from routesae_cache.whole_files import PARTIAL
 
 logger = logging.getLogger(__name__)
 REPLACED = ".replaced"
@@ -218,14 +218,10 @@ def set_aside_changed(folder: Path, config: RunConfig) -> None:
 def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     """RunError where a run cannot be kept in a folder because of what is there already."""
     if not folder.exists():
-        parent = folder.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(parent, os.W_OK):
-            raise RunError(f"{parent} cannot be written to")
         return
     if not (folder / CONFIG).exists():
-        if folder.is_dir() and not any(folder.iterdir()):
-            return
+        if folder.is_dir() and all(file.suffix == PARTIAL for file in folder.iterdir()):
+            return  # nothing, or what is left of one that was killed before it began
         raise RunError(f"{folder} is there already and is not a run; choose another --out")
     if differences := read_config(folder).differences(config):
         raise RunError(

@@ -24,6 +24,7 @@ from routesae_cache.runs import (
     settled,
 )
 from routesae_cache.saes.config import SaeConfig
+from routesae_cache.sole_use import sole_use
 from stores.reader import StoreReader
 from stores.stats import split_stats
 
@@ -141,13 +142,15 @@ def train(
     Raises:
         RunError: where a run's directory is there already with other settings, or unfinished
             without `resume`.
+        InUseError: where another process is training one of the runs.
         ValueError: for layers that the store lacks, SAEs asked for twice, or loggers that cannot
             be had; all of it before any work.
         LoggerError: where a logger breaks down; checkpoints are written first.
         PeerError: where another process ended or raised one of these.
     """
-    plan, open_loggers, states = prepare(reader, saes, config, only, world)
+    plan, open_loggers = prepare(reader, saes, config, only, world)
     with ExitStack() as closing:
+        states = world.first(lambda: plan.settle(closing))
         with world.together():
             runs = plan.open(states, open_loggers, closing)
         result = _train(plan, runs, progress, on_start, stopped)
@@ -161,15 +164,12 @@ def prepare(
     config: TrainConfig,
     only: Sequence[int] | None = None,
     world: World = ALONE,
-) -> tuple[_Plan, list[OpenLogger], list[RunState | None]]:
-    """What comes before any work of `train`: the plan, and every error that can be found now.
-
-    Returns also how the runs that need no further training came out, None for the others.
-    """
+) -> tuple[_Plan, list[OpenLogger]]:
+    """What comes before any work of `train`: every error that can be found now is."""
     with world.together():
         plan = _Plan(reader, [Asked(*each) for each in saes], config, only, world)
         open_loggers = prepare_loggers(config.log, len(plan.runs)) if world.leads else []
-    return plan, open_loggers, world.first(plan.settle)
+    return plan, open_loggers
 
 
 def _train(
@@ -282,13 +282,19 @@ class _Plan:
         self.runs = [runs[index] for index in chosen]
         self.folders = [config.out / run.name for run in self.runs]
 
-    def settle(self) -> list[RunState | None]:
+    def settle(self, holding: ExitStack) -> list[RunState | None]:
         """How the runs that need no further training came out, None for the others; moves changed
         ones aside where that was asked for.
 
+        Args:
+            holding: the runs are this process's alone until it is closed.
+
         Raises:
             RunError: where a run cannot be kept in its folder.
+            InUseError: where another process is training one of them.
         """
+        names = [folder.name for folder in self.folders]
+        holding.enter_context(sole_use(self.config.out, names))
         for folder, run_config in zip(self.folders, self.runs, strict=True):
             if self.config.replace_changed:
                 set_aside_changed(folder, run_config)

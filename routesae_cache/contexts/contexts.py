@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -26,6 +26,7 @@ from routesae_cache.contexts.records import (
 )
 from routesae_cache.contexts.text import StoreText
 from routesae_cache.origin import origin_tokenizer
+from routesae_cache.sole_use import sole_use
 from routesae_cache.trained import Residuals, TrainedSae, layers_read
 from stores.reader import StoreReader
 from stores.spec import Split
@@ -108,14 +109,15 @@ def mine_contexts(
     """Find the contexts of several SAEs in one pass; `progress(done, total)` counts tokens.
 
     Raises RunError as `TrainedSae` does, ModelError as `origin_tokenizer` does, StoreError for an
-    incomplete split, and ValueError for runs of the same name and for SAEs that `auto` is not
-    meant for.
+    incomplete split, InUseError while another process makes the same, and ValueError for runs of
+    the same name and for SAEs that `auto` is not meant for.
     """
     mining = Mining(reader, runs, config)
-    with mining.files() as files:
-        findings = mining.findings()
-        mining.mine(None, findings, files, progress)
-    return mining.results(findings)
+    with mining.alone():
+        with mining.files() as files:
+            findings = mining.findings()
+            mining.mine(None, findings, files, progress)
+        return mining.results(findings)
 
 
 class Mining:
@@ -152,11 +154,13 @@ class Mining:
             for sae in self._saes
         ]
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Have the results to oneself; their folder is made."""
+        return sole_use(self.config.out, (folder.name for folder in self._folders))
+
     @contextmanager
     def files(self, folder: Path | None = None) -> Iterator[list[ActivationFile]]:
         """The files of the SAEs' activations; in another folder those of a part."""
-        if folder is None:
-            self.config.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             yield [
                 stack.enter_context(activation_file(path, self.reader.spec.context))
