@@ -1,0 +1,76 @@
+"""Killing a command again and again, and looking at what it left."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.jobs import Content, Job
+from tests.faults.processes import Command, SignalAtFile, finished, running
+from tests.faults.tally import Tally
+
+Folders = Callable[[], Path]
+"""Makes an empty folder."""
+Kill = Callable[[Path, Job], bool]
+"""Runs a job's command in a folder and kills it; False where it ended well before that."""
+
+
+def at_random_instants(seconds: float, seed: int) -> Kill:
+    """Spread evenly over what the command takes."""
+    rng = random.Random(seed)
+
+    def kill(folder: Path, job: Job) -> bool:
+        with running(folder, *job.arguments) as command:
+            time.sleep(rng.uniform(0, seconds))
+            command.kill()
+            return was_killed(command)
+
+    return kill
+
+
+def at_random_files(most: int, seed: int) -> Kill:
+    """Just before it makes, opens, renames or removes a file, which one is drawn."""
+    rng = random.Random(seed)
+
+    def kill(folder: Path, job: Job) -> bool:
+        dies = SignalAtFile(re.escape(f"{folder.resolve()}/"), rng.randint(1, most))
+        with running(folder, *job.arguments, first=dies) as command:
+            return was_killed(command)
+
+    return kill
+
+
+def was_killed(command: Command) -> bool:
+    code = command.code()
+    assert code in (0, -9), command.output()
+    return code == -9
+
+
+def try_kills(
+    what: str, job: Job, expected: Content, kill: Kill, kills: int, folders: Folders, tally: Tally
+) -> None:
+    """Kill and restart until it ends well, again and again until there were so many kills."""
+    killed = survived = lost = 0
+    while killed < kills:
+        folder = folders()
+        job.prepare(folder)
+        here = 0
+        while kill(folder, job):
+            here += 1
+            lost += len(differing(job.kept(folder), expected))
+            if killed + here == kills:
+                finished(folder, *job.arguments)
+                break
+        wrong = job.result(folder) != expected
+        killed += here
+        survived += 0 if wrong else here
+    tally.add(what, tried=killed, survived=survived, lost=lost)
+    assert (survived, lost) == (killed, 0)
+
+
+def differing(kept: Content, expected: Content) -> list[str]:
+    """What was finished and is not what it is to be."""
+    return [name for name, content in kept.items() if expected.get(name) != content]
