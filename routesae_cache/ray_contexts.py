@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -49,34 +49,36 @@ def mine_on_ray(
     cluster = replace(cluster, workers=min(cluster.workers, len(parts)))
     findings = mining.findings()
     with mining.alone():
-        with mining.files() as files:
-            folder = Path(tempfile.mkdtemp(prefix=".parts-", dir=config.out))
-            try:
-                make = partial(_Miner, reader.path, runs, config, folder)
-                with pool(cluster, make, describe=_describe) as workers:
-                    found: dict[int, _Part] = {}
-                    order = iter([part[0] for part in parts])
-                    expected, merged = next(order), 0
+        with (
+            mining.files() as files,
+            TemporaryDirectory(
+                prefix=".parts-", dir=config.out, ignore_cleanup_errors=True
+            ) as folder,
+            pool(
+                cluster,
+                partial(_Miner, reader.path, runs, config, Path(folder)),
+                describe=_describe,
+            ) as workers,
+        ):
+            found: dict[int, _Part] = {}
+            order = iter([part[0] for part in parts])
+            expected, merged = next(order), 0
 
-                    def tick() -> None:
-                        at = [
-                            p.state for p in workers.places if p.state and p.in_hand == [p.state[0]]
-                        ]
-                        done = merged + sum(part.tokens for part in found.values())
-                        progress(done + sum(tokens for _, tokens in at), mining.tokens)
+            def tick() -> None:
+                at = [p.state for p in workers.places if p.state and p.in_hand == [p.state[0]]]
+                done = merged + sum(part.tokens for part in found.values())
+                progress(done + sum(tokens for _, tokens in at), mining.tokens)
 
-                    for _ in range(min(_AHEAD_PER_WORKER * cluster.workers, len(parts))):
+            for _ in range(min(_AHEAD_PER_WORKER * cluster.workers, len(parts))):
+                workers.waiting.append(parts.popleft())
+            for done in workers.results(tick):
+                found[done.task[0]] = done.result
+                while part := found.pop(expected, None):
+                    _merge(mining, findings, files, part)
+                    merged += part.tokens
+                    expected = next(order, -1)
+                    if parts:
                         workers.waiting.append(parts.popleft())
-                    for done in workers.results(tick):
-                        found[done.task[0]] = done.result
-                        while part := found.pop(expected, None):
-                            _merge(mining, findings, files, part)
-                            merged += part.tokens
-                            expected = next(order, -1)
-                            if parts:
-                                workers.waiting.append(parts.popleft())
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
         return mining.results(findings)
 
 

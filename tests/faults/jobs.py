@@ -132,8 +132,7 @@ def reference(folder: Path, job: Job) -> tuple[Content, float]:
 
 def store(path: Path) -> Content:
     """Every file of a store, without the locks: they are no data, and the dead leave theirs."""
-    found = array_files(path)
-    return {name: content for name, content in found.items() if not name.startswith(FOLDER)}
+    return {name: v for name, v in array_files(path).items() if not name.startswith(FOLDER)}
 
 
 def _committed(name: str) -> Callable[[Path], Content]:
@@ -160,9 +159,8 @@ def committed(path: Path) -> Content:
 
 
 def files(path: Path) -> Content:
-    """The files in a folder that are whole by their names."""
-    found = array_files(path)
-    return {name: content for name, content in found.items() if not name.endswith(".partial")}
+    """The files in a folder that are whole by their names, without locks."""
+    return {name: v for name, v in store(path).items() if not name.endswith(".partial")}
 
 
 def runs(path: Path) -> Content:
