@@ -12,7 +12,6 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -21,12 +20,39 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from cli.stopping import exit_code, going_on, termination_raised
 
 _PIPED_WIDTH = 120
-out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-err = Console(stderr=True, highlight=False)
+
+
+class PlainConsole(Console):
+    """Shows texts as they are, for they may be names and words by others.
+
+    Square brackets and colons mean nothing in them, and characters that a terminal would obey
+    are dots. What is to have a style is a `rich.text.Text`, such as `styled` makes.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+def visible(text: str) -> str:
+    """Control characters, which a terminal would obey, as dots."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
+
+
+def styled(style: str, head: str, rest: str = "") -> Text:
+    """A text whose beginning has a style."""
+    return Text.assemble((visible(head), style), visible(rest))
+
+
+out = PlainConsole(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+err = PlainConsole(stderr=True)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,10 +70,10 @@ def handled(command: Callable[P, R]) -> Callable[P, R]:
                 return command(*args, **kwargs)
             except KeyboardInterrupt as stop:
                 if outermost:  # otherwise it is the pipeline that one goes on with
-                    err.print(f"\nStopped. {escape(going_on(command.__name__))}", soft_wrap=True)
+                    err.print(f"\nStopped. {going_on(command.__name__)}", soft_wrap=True)
                 raise typer.Exit(exit_code(stop)) from None
             except (ValueError, OSError) as error:
-                err.print(f"[bold red]Error:[/] {escape(_message(error))}", soft_wrap=True)
+                err.print(styled("bold red", "Error:", f" {_message(error)}"), soft_wrap=True)
                 raise typer.Exit(USER_ERROR) from None
 
     return wrapper

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cli.console import bar, count, err, out
+from cli.console import bar, count, err, out, styled
 from cli.evaluate import SplitKind
 from cli.layer_table import layer_table
 from cli.options import (
@@ -125,9 +125,13 @@ def contexts(
     for one in mined:
         if not one.summary.interpretable:
             err.print(
-                f"[yellow]No interpretable latent[/] of {one.name} at {one.threshold:.4g}: "
-                f"{one.summary.activations:,} activations are above it, the largest is "
-                f"{one.strongest:.4g}; a lower --threshold may find some",
+                styled(
+                    "yellow",
+                    "No interpretable latent",
+                    f" of {one.name} at {one.threshold:.4g}: {one.summary.activations:,} "
+                    f"activations are above it, the largest is {one.strongest:.4g}; a lower "
+                    "--threshold may find some",
+                ),
                 soft_wrap=True,
             )
     for one in mined:

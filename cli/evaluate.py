@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from cli.console import bar, err, layer_name, out
+from cli.console import bar, err, layer_name, out, styled
 from cli.evaluation_tables import evaluation_tables
 from cli.options import (
     Device,
@@ -162,8 +161,12 @@ def evaluate(
     for result in results:
         if (layer := result.collapsed_onto) is not None:
             err.print(
-                f"[yellow]Warning:[/] {result.config.name} routes nearly every token to "
-                f"{layer_name(layer)}: the router has collapsed"
+                styled(
+                    "yellow",
+                    "Warning:",
+                    f" {result.config.name} routes nearly every token to {layer_name(layer)}: "
+                    "the router has collapsed",
+                )
             )
     if json_path is not None:
         record = evaluation_record(store, config.split, results)
@@ -209,7 +212,7 @@ def _spliceable(runs: Sequence[Path], splicing: SplicedConfig, skip_refused: boo
         run: refusal(config, splicing) if skip_refused else None for run, config in configs.items()
     }
     for reason in filter(None, why.values()):
-        err.print(f"[yellow]Not spliced:[/] {escape(reason)}", soft_wrap=True)
+        err.print(styled("yellow", "Not spliced:", f" {reason}"), soft_wrap=True)
     chosen = [run for run in runs if why[run] is None]
     if chosen:
         check_spliceable([configs[run] for run in chosen], splicing)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cli.console import bar, err, layer_name, out
+from cli.console import bar, err, layer_name, out, styled
 from cli.options import EndpointUrl
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def export(
         return
     out.print(_table(result))
     if not result.ok:
-        err.print(f"[bold red]Error:[/] {_complaint(result)}", soft_wrap=True)
+        err.print(styled("bold red", "Error:", f" {_complaint(result)}"), soft_wrap=True)
         raise typer.Exit(1)
 
 

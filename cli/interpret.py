@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import bar, count, err, out
+from cli.console import bar, count, err, out, styled
 from cli.options import Seed
 from cli.stopping import stop_signals
 
@@ -167,7 +166,7 @@ def _show(result: Interpretation, max_cost: float | None) -> None:
     if left := len(result.with_status("left")) + result.undetected().get("left", 0):
         limited = max_cost is not None and not result.interrupted
         why = f"; going on might pass --max-cost {max_cost:g}" if limited else ""
-        err.print(f"[yellow]Left:[/] {_many(left, 'latent')}{why}", soft_wrap=True)
+        err.print(styled("yellow", "Left:", f" {_many(left, 'latent')}{why}"), soft_wrap=True)
     if result.tested:
         out.print(_detection_line(result))
     usage = result.usage
@@ -184,8 +183,8 @@ def _show(result: Interpretation, max_cost: float | None) -> None:
 def _score_table(result: Interpretation) -> Table:
     from routesae_cache.interpretation.results import LEVELS
 
-    table = Table(title=f"Interpretation by {escape(result.model)}", title_justify="left")
-    table.add_column(escape(result.name), overflow="fold")
+    table = Table(title=f"Interpretation by {result.model}", title_justify="left")
+    table.add_column(result.name, overflow="fold")
     for name in ("latents", "score (1-5)", "standard error"):
         table.add_column(name, justify="right", no_wrap=True)
     categories = result.categories()
@@ -216,7 +215,7 @@ def _latent_table(result: Interpretation) -> Table:
 def _show_trouble(what: str, results: Sequence[LatentResult]) -> None:
     if not results:
         return
-    err.print(f"[yellow]{what}:[/] {_many(len(results), 'latent')}")
+    err.print(styled("yellow", f"{what}:", f" {_many(len(results), 'latent')}"))
     for result in results[:_SHOWN_TROUBLE]:
         told = f"  latent {result.latent}: {result.explanation.trouble}"
         err.print(_plain(told[:_SHOWN_CHARACTERS]), soft_wrap=True)
@@ -240,7 +239,7 @@ def _dollars(cost: float | None, model: str) -> str:
     from routesae_cache.interpretation.prices import PRICES_FROM
 
     if cost is None:
-        return f"cost unknown: no price for {escape(model)} in the table of {PRICES_FROM}"
+        return f"cost unknown: no price for {model} in the table of {PRICES_FROM}"
     return f"${cost:.4f} by the prices of {PRICES_FROM}"
 
 

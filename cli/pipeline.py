@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from cli.console import duration, err, out, size
+from cli.console import duration, err, out, size, styled
 from cli.options import EndpointUrl
 from cli.stopping import raise_stop
 
@@ -190,12 +189,13 @@ class _Stages:
 
     def _call(self, stage: Stage, arguments: list[str]) -> list[Path]:
         """Run a command; returns what it says that it wrote."""
-        out.print(f"[dim]{escape(_shell(stage, arguments))}[/]", soft_wrap=True)
+        out.print(styled("dim", _shell(stage, arguments)), soft_wrap=True)
         outcome = _command(stage).main(list(arguments), standalone_mode=False)
         code = outcome if isinstance(outcome, int) else 0
         raise_stop(code)
         if stage == "train" and code == 1 and self.pipeline.finished_runs():
-            err.print("[yellow]Warning:[/] the stages after this leave out the SAEs that failed")
+            told = " the stages after this leave out the SAEs that failed"
+            err.print(styled("yellow", "Warning:", told))
         elif code:
             again = f"`routesae pipeline {self.experiment.path}` goes on here"
             err.print(f"The stage {stage} did not end well; what came before is kept, {again}.")
@@ -255,7 +255,8 @@ def _shell(stage: Stage, arguments: Sequence[str]) -> str:
 
 
 def _headline(stage: Stage, what: str) -> None:
-    out.print(f"\n[bold]{stage}[/]: {escape(what)}", soft_wrap=True)
+    out.print()
+    out.print(styled("bold", stage, f": {what}"), soft_wrap=True)
 
 
 def _show_plan(stages: _Stages, chosen: Sequence[Stage], forced: Sequence[Stage]) -> None:
@@ -267,7 +268,7 @@ def _show_plan(stages: _Stages, chosen: Sequence[Stage], forced: Sequence[Stage]
     for stage in chosen:
         record = stages.pipeline.records.get(stage)
         if left_out := stages.why_not(stage):
-            table.add_row(stage, "left out", escape(left_out))
+            table.add_row(stage, "left out", left_out)
             continue
         if stage in forced:
             why: str | None = "asked for"
@@ -277,9 +278,9 @@ def _show_plan(stages: _Stages, chosen: Sequence[Stage], forced: Sequence[Stage]
             why = stages.pipeline.why(stage)
         if why is None:
             assert record is not None
-            table.add_row(stage, "[green]done[/]", f"in {duration(record.seconds)}")
+            table.add_row(stage, styled("green", "done"), f"in {duration(record.seconds)}")
         else:
-            table.add_row(stage, "[yellow]to do[/]", escape(why))
+            table.add_row(stage, styled("yellow", "to do"), why)
             after = after or stage
     out.print(table)
     _show_forecast(stages)

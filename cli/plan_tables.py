@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
-from cli.console import duration, size
+from cli.console import duration, size, styled
 
 if TYPE_CHECKING:
     from routesae_cache.plan import Plan, StagePlan
@@ -24,9 +23,9 @@ def plan_table(plan: Plan, gpu: str) -> Table:
     )
     for name, stage in (("Harvest", plan.harvest), ("Training", plan.training)):
         table.add_row(
-            f"[bold]{name}[/]",
+            styled("bold", name),
             f"{stage.workers} × {gpu}",
-            f"[bold]{duration(stage.seconds)}[/]",
+            styled("bold", duration(stage.seconds)),
             f"{stage.tokens_per_second:,.0f}",
             size(stage.n_bytes),
             _dollars(stage.dollars),
@@ -34,13 +33,13 @@ def plan_table(plan: Plan, gpu: str) -> Table:
         )
         for part in (*stage.before, *stage.parts):
             first = "first" if part in stage.before else ""
-            mark = "[yellow]◀[/]" if part == stage.bottleneck else first
+            mark = styled("yellow", "◀") if part == stage.bottleneck else styled("", first)
             table.add_row(f"  {part.what}", part.place, duration(part.seconds), "", "", "", mark)
         table.add_section()
     for name, dollars in (
         ("Storage", plan.storage_dollars),
         ("Egress", plan.egress_dollars),
-        ("[bold]Everything[/]", plan.dollars),
+        (styled("bold", "Everything"), plan.dollars),
     ):
         table.add_row(name, "", "", "", "", _dollars(dollars), "")
     return table
@@ -82,9 +81,9 @@ def figure_table(figures: Sequence[Figure]) -> Table:
     )
     table.columns[0].no_wrap = True  # --set takes it whole
     for figure in figures:
-        basis = f"[yellow]{figure.basis}[/]" if figure.basis == "assumed" else figure.basis
+        basis = styled("yellow" if figure.basis == "assumed" else "", figure.basis)
         what = ", ".join(filter(None, (figure.unit, figure.note)))
-        table.add_row(figure.name, f"{figure.value:.4g}", basis, escape(what))
+        table.add_row(figure.name, f"{figure.value:.4g}", basis, what)
     return table
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from cli.console import bar, err, out, size
+from cli.console import bar, err, out, size, styled
 from cli.options import Device, EndpointUrl, pick_device
 
 
@@ -53,8 +52,8 @@ def report(
             config, lambda what, done, total: update(completed=done, total=total, note=what)
         )
     for title, sentence in made.missing:
-        err.print(f"[yellow]Left out:[/] {escape(title)}. {escape(sentence)}", soft_wrap=True)
+        err.print(styled("yellow", "Left out:", f" {title}. {sentence}"), soft_wrap=True)
     parts = f"{made.runs} SAEs, {made.latents:,} latents to browse, {size(made.bytes)}"
-    out.print(f"Report: {escape(str(made.out))} ({parts})", soft_wrap=True)
+    out.print(f"Report: {made.out} ({parts})", soft_wrap=True)
     if made.assets:
         out.print(f"Plots and tables: {len(made.assets)} files in {assets}", soft_wrap=True)

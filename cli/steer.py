@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import bar, err, out
+from cli.console import bar, err, out, visible
 from cli.options import Device, EndpointUrl, Seed, pick_device
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def steer(
             lambda done, total: update(completed=done, total=total),
         )
     what = "; ".join(f"latent {c.latent}: {c.kind} {c.value:g}" for c in changes)
-    out.print(f"{sae.config.name} on {spec.model['name']}, {what}", markup=False)
+    out.print(f"{sae.config.name} on {spec.model['name']}, {what}")
     for result in results:
         _print(result, changed.layers_changed)
     if json_path is not None:
@@ -150,7 +150,7 @@ def _prompts(typed: list[str], dialogues: Path | None, limit: int | None) -> lis
 
 def _print(result: Steered, layers: tuple[int, ...]) -> None:
     out.rule(Text(result.prompt.source), align="left")
-    out.print(Text(_visible(result.prompt.text.strip()), style="dim"))
+    out.print(Text(visible(result.prompt.text.strip()), style="dim"))
     table = Table(expand=True)
     table.add_column("original", ratio=1)
     table.add_column("steered", ratio=1)
@@ -177,11 +177,6 @@ def _where_they_differ(differ_at: int | None) -> str:
 def _marked(text: str, result: Steered, colour: str) -> Text:
     """What both texts have, then a mark, then the rest in colour."""
     if result.differ_at is None:
-        return Text(_visible(text))
+        return Text(visible(text))
     begin, rest = text[: len(result.same_text)], text[len(result.same_text) :]
-    return Text.assemble(_visible(begin), ("▶", "bold"), (_visible(rest), colour))
-
-
-def _visible(text: str) -> str:
-    """Control characters, which a terminal would obey, as a dot."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
+    return Text.assemble(visible(begin), ("▶", "bold"), (visible(rest), colour))

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
-from cli.console import bar_columns, count, duration, err, handled, layer_list, out
+from cli.console import bar_columns, count, duration, err, handled, layer_list, out, styled
 from cli.stopping import Stop, raise_stop, stop_signals
 
 if TYPE_CHECKING:
@@ -155,8 +154,11 @@ def _raise(ended: Ended, nproc: int) -> None:
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
         err.print(
-            f"[bold red]Error:[/] process {ended.rank} of 0 to {nproc - 1} was killed by {name}; "
-            "--resume goes on with the runs from their last checkpoints",
+            styled(
+                *("bold red", "Error:"),
+                f" process {ended.rank} of 0 to {nproc - 1} was killed by {name}; --resume goes on "
+                "with the runs from their last checkpoints",
+            ),
             soft_wrap=True,
         )
     if ended.code:
@@ -178,7 +180,7 @@ def _share(
         try:
             result, stopped = _pass(store, specs, replace(config, device=device), world, cluster)
         except PeerError as error:
-            err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            err.print(styled("bold red", "Error:", f" {error}"), soft_wrap=True)
             raise typer.Exit(PEER_LOST) from None
         except (ValueError, OSError):
             err.quiet = False

@@ -22,6 +22,7 @@ Codes = dict[str, NDArray[Any]]
 """Array name -> values, the leading axes being tokens (and layers, where a function says so)."""
 
 _BLOCK_VALUES = 1 << 19  # at a time: larger leaves the cache, smaller makes threads wait
+_FINEST_STEP = 1e-6  # far below what 8 bits can hold
 _SCALE_BITS = 27  # of a float32 scale, after zstd
 _U16 = np.dtype("<u2")  # byte order matters where bytes and 16-bit words are views of each other
 
@@ -179,8 +180,10 @@ class DeltaCodec(ResidualCodec):
     keyframe_every: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.step < 10:
-            raise ValueError(f"codec step: expected between 0 and 10, found {self.step}")
+        if not _FINEST_STEP <= self.step < 10:
+            raise ValueError(
+                f"codec step: expected from {_FINEST_STEP:g} to below 10, found {self.step}"
+            )
         if self.keyframe_every < 0:
             raise ValueError(f"keyframe_every: expected 0 or more, found {self.keyframe_every}")
 

@@ -116,7 +116,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, *, raw: bool) -> list[int]:
 def _prompt_of(line: bytes, source: str) -> Prompt:
     try:
         record: Any = json.loads(line.decode("utf-8-sig").strip())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: expected a JSON object, found {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{source}: expected a JSON object, found {type(record).__name__}")

@@ -8,9 +8,10 @@ import pytest
 
 from tests.faults.jobs import STORE, harvesting, reference, training
 from tests.faults.kills import Folders
+from tests.faults.place import place
 from tests.faults.tally import pytest_terminal_summary, tally
 
-__all__ = ["pytest_terminal_summary", "tally"]
+__all__ = ["place", "pytest_terminal_summary", "tally"]
 
 
 @pytest.fixture(scope="session")
