@@ -32,8 +32,8 @@ def plan_table(plan: Plan, gpu: str) -> Table:
             "",
         )
         for part in (*stage.before, *stage.parts):
-            first = "first" if part in stage.before else ""
-            mark = styled("yellow", "◀") if part == stage.bottleneck else styled("", first)
+            first = styled("", "first" if part in stage.before else "")
+            mark = styled("yellow", "◀") if part == stage.bottleneck else first
             table.add_row(f"  {part.what}", part.place, duration(part.seconds), "", "", "", mark)
         table.add_section()
     for name, dollars in (
