@@ -66,8 +66,8 @@ class StoreSpec:
         for name, smallest in least.items():
             if (found := getattr(self, name)) < smallest:
                 raise ValueError(f"{name}: expected at least {smallest}, found {found}")
-        inside = set(range(self.n_blocks + 1))
-        if not self.layers or list(self.layers) != sorted(inside.intersection(self.layers)):
+        ascending = self.layers and list(self.layers) == sorted(set(self.layers))
+        if not ascending or self.layers[0] < 0 or self.layers[-1] > self.n_blocks:
             raise ValueError(
                 f"layers: expected ascending and distinct from 0 to {self.n_blocks}, "
                 f"found {self.layers}"

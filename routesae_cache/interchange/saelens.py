@@ -81,7 +81,7 @@ def _config(config: RunConfig, coder: FoldedCoder, layer: int, model: str) -> di
             "hook_name": hook_name(layer),
             "hook_head_index": None,
             "context_size": config.store_spec["context"],
-            "prepend_bos": config.store_spec["tokenizer"]["bos_id"] is not None,
+            "prepend_bos": config.store_spec["tokenizer"].get("bos_id") is not None,
             "dataset_path": config.store_spec["text"]["dataset"],
             "run": config.name,
         },

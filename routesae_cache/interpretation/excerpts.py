@@ -6,10 +6,11 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from routesae_cache.json_files import read_json
 
+Kind = TypeVar("Kind")
 _FEWEST_HELD_OUT = 2  # of fewer, a balanced accuracy says nothing
 
 
@@ -67,13 +68,24 @@ def read_excerpts(path: Path, *, sample: int, seed: int, hold_out: bool) -> Exce
         ValueError: for a file of another kind, or without an interpretable latent.
     """
     record = _read(path)
-    contexts: Mapping[str, Any] = record["latent_context_map"]
-    latents = sorted(contexts, key=int)
-    if not latents:
+    contexts = record.get("latent_context_map")
+    if contexts == {}:
         raise ValueError(
             f"{path} has no interpretable latent to ask about; run `routesae contexts` with a "
             "lower --threshold or fewer --min-contexts"
         )
+    try:
+        return _drawn(record, sample, seed, hold_out)
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: expected contexts, as `routesae contexts` writes them; what is in it has "
+            f"another form ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _drawn(record: Any, sample: int, seed: int, hold_out: bool) -> ExcerptFile:
+    contexts: Mapping[str, Any] = record["latent_context_map"]
+    latents = sorted(contexts, key=int)
     drawn = random.Random(seed).sample(latents, len(latents))[:sample]
     return ExcerptFile(
         name=str(record["name"]),
@@ -100,16 +112,23 @@ def _contexts(by_token: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Cont
     return tuple(
         Context(
             token=token,
-            text=found["context"],
+            text=_typed(found, "context", str),
             activation=float(found["activation"]),
-            row=found["row"],
-            position=found["position"],
-            first=found["first"],
-            last=found["last"],
+            row=_typed(found, "row", int),
+            position=_typed(found, "position", int),
+            first=_typed(found, "first", int),
+            last=_typed(found, "last", int),
         )
         for token, places in by_token.items()
         for found in places
     )
+
+
+def _typed(place: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind:
+    value = place[key]
+    if type(value) is not kind:
+        raise TypeError(f"{key}: expected {kind.__name__}, found {value!r}")
+    return value
 
 
 def _divided(
