@@ -72,7 +72,7 @@ def handled(command: Callable[P, R]) -> Callable[P, R]:
                 if outermost:  # otherwise it is the pipeline that one goes on with
                     err.print(f"\nStopped. {going_on(command.__name__)}", soft_wrap=True)
                 raise typer.Exit(exit_code(stop)) from None
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, OverflowError) as error:
                 err.print(styled("bold red", "Error:", f" {_message(error)}"), soft_wrap=True)
                 raise typer.Exit(USER_ERROR) from None
 
@@ -89,6 +89,8 @@ def _message(error: Exception) -> str:
         )
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, OverflowError):
+        return f"a number is larger than can be reckoned with ({error})"
     return str(error)
 
 

@@ -19,7 +19,19 @@ from tests.faults.damage import no_hang
 
 NUMBERS = (
     *("0", "-1", "nan", "inf", "-inf", "1e309", "1e-320", "0.5", "1" * 30, "-" + "9" * 30),
-    *("1_000", "٣", "0x10", "１", "9" * 5000, str(2**31), str(2**63), str(2**64), "1,2", "1e3"),
+    *(
+        "1_000",
+        "٣",
+        "0x10",
+        "１",
+        "9" * 5000,
+        "9" * 400,
+        str(2**31),
+        str(2**63),
+        str(2**64),
+        "1,2",
+        "1e3",
+    ),
 )
 TEXTS = (
     *(
@@ -223,8 +235,8 @@ def stop_before_work(patch: pytest.MonkeyPatch) -> None:
     ):
         patch.setattr(name, reached)
 
-    def quick(**_: Any) -> float:
+    def quick(*_: Any, **__: Any) -> float:
         return 1.0
 
     patch.setattr("routesae_cache.harvest_plan.forward_seconds", quick)
-    patch.setattr("routesae_cache.forecast.forward_seconds", quick)
+    patch.setattr("cli.pipeline._show_forecast", quick)
