@@ -147,10 +147,10 @@ class _Stages:
 
         if not self.experiment.interprets:
             return "the file has no [interpret]"
-        options = self.experiment.options["interpret"]
+        options = self.parsed(stage, self.arguments(stage, [Path("-")]))
         names = ("base_url", "api_version")
         try:
-            find_key(ChatConfig(**{name: options[name] for name in names if name in options}))
+            find_key(ChatConfig(**{name: options[name] for name in names}))
         except ChatError as error:
             return str(error)
         return None
