@@ -14,7 +14,7 @@ from routesae_cache.harvest import HarvestProgress, harvest
 from routesae_cache.harvest_plan import HarvestConfig, HarvestPlan, plan_harvest
 from routesae_cache.ray_cluster import RayConfig, import_ray
 from routesae_cache.ray_harvest import harvest_on_ray
-from stores.errors import NonFiniteError, SpecMismatchError
+from stores.errors import NonFiniteError, SpecMismatchError, StoreLockedError
 from stores.locks import FOLDER
 from stores.reader import StoreReader
 from tests.cluster.conftest import begun, node_of, wait_until
@@ -157,18 +157,15 @@ def test_a_driver_is_killed(
         assert "Stopped" in shown
         harvest_on_ray(plan(wanted), RayConfig(address=cluster.address, workers=2))
     else:
-        wait_until(lambda: not _held(wanted.out), 30)
-        harvest(plan_harvest(wanted))
+        wait_until(lambda: _harvested(wanted))
     assert not (wanted.out / FOLDER).exists()
     assert array_files(wanted.out) == array_files(reference.path)
 
 
-def _held(store: Path) -> bool:
-    """Whether a process is at work on the store still."""
-    for file in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if file.readlink().is_relative_to(store):
-                return True
-        except OSError:  # ended meanwhile
-            continue
-    return False
+def _harvested(wanted: HarvestConfig) -> bool:
+    """By this process alone, once the workers of the killed driver have ended."""
+    try:
+        harvest(plan_harvest(wanted))
+    except StoreLockedError:
+        return False
+    return True
