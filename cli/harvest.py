@@ -111,13 +111,14 @@ def harvest(
         from routesae_cache.harvest import harvest as run_harvest
         from routesae_cache.harvest_plan import HarvestConfig, plan_harvest
         from routesae_cache.workers import Share
+        from stores.places import as_place
 
         share = None if worker is None else Share.parse(worker)
         plan = plan_harvest(
             HarvestConfig(
                 model=model,
                 dataset=dataset,
-                out=target,
+                out=as_place(target),  # with the endpoint, for workers elsewhere
                 tokens=tokens,
                 eval_tokens=eval_tokens,
                 layers=layers,

@@ -36,12 +36,12 @@ def plan_table(plan: Plan, gpu: str) -> Table:
             mark = styled("yellow", "◀") if part == stage.bottleneck else first
             table.add_row(f"  {part.what}", part.place, duration(part.seconds), "", "", "", mark)
         table.add_section()
-    for name, dollars in (
-        ("Storage", plan.storage_dollars),
-        ("Egress", plan.egress_dollars),
+    for cost, dollars in (
+        (styled("", "Storage"), plan.storage_dollars),
+        (styled("", "Egress"), plan.egress_dollars),
         (styled("bold", "Everything"), plan.dollars),
     ):
-        table.add_row(name, "", "", "", "", _dollars(dollars), "")
+        table.add_row(cost, "", "", "", "", _dollars(dollars), "")
     return table
 
 

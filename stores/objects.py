@@ -12,7 +12,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from stores.errors import PlaceError, StoreError
+from stores.errors import PlaceError, StoreError, StoreLockedError
+from stores.locks import FOLDER
 from stores.place import Place
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _ATTEMPT_S = 30.0  # without a byte of the answer; a request is then sent again
 _REQUEST_S = 120.0  # of one attempt
 RETRIES_S = 120.0
 """After so long a request that failed is not sent again."""
+PUT_AGAIN_S = 30.0
+"""So long a put is begun again whose answer was cut off."""
 _PARALLEL = 32
 _CUT_OFF = "response body"  # what obstore says of it, among other things
 T = TypeVar("T")
@@ -127,7 +130,7 @@ class ObjectPlace(Place):
                 },
             )
         if check:
-            self._read(lambda: next(iter(obstore.list(client, chunk_size=1)), None))
+            self._tried(lambda: next(iter(obstore.list(client, chunk_size=1)), None))
         return client
 
     @contextmanager
@@ -143,12 +146,14 @@ class ObjectPlace(Place):
                 raise
             raise PlaceError(self, _reason(error)) from error
 
-    def _read(self, operation: Callable[[], T], key: str = "") -> T:
-        """What an operation gives that changes nothing; again if its answer was cut off.
+    def _tried(
+        self, operation: Callable[[], T], key: str = "", *, patience_s: float = RETRIES_S
+    ) -> T:
+        """What an operation gives, done again where its answer was cut off.
 
         obstore itself tries again what failed before the answer began, and some of the others.
         """
-        give_up, pause = time.monotonic() + RETRIES_S, 0.1
+        give_up, pause = time.monotonic() + patience_s, 0.1
         with self._errors(key):
             while True:
                 try:
@@ -159,50 +164,56 @@ class ObjectPlace(Place):
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
 
+    def _put(self, key: str, content: bytes, **how: Any) -> None:
+        put = partial(_obstore().put, self._client, key, content, **how)
+        self._tried(put, key, patience_s=PUT_AGAIN_S)
+
     def _list(self, folder: str) -> list[dict[str, Any]]:
         """All objects in a folder and in those inside it."""
         batches = partial(_obstore().list, self._client, folder or None, chunk_size=1000)
-        return self._read(lambda: [found for batch in batches() for found in batch])
+        return self._tried(lambda: [found for batch in batches() for found in batch])
 
     def exists(self) -> bool:
         return self.entry(_DESCRIPTION) is not None  # what `make` writes last
 
     def read(self, key: str) -> bytes:
-        return self._read(lambda: bytes(_obstore().get(self._client, key).bytes()), key)
+        return self._tried(lambda: bytes(_obstore().get(self._client, key).bytes()), key)
 
     def fetch(self, keys: Iterable[str]) -> list[Callable[[], bytes]]:
         return [self._pool.submit(self.read, key).result for key in keys]
 
     def write(self, key: str, content: bytes, *, durable: bool = False) -> None:
-        with self._errors(key):
-            _obstore().put(self._client, key, content, use_multipart=False)
+        self._put(key, content, use_multipart=False)
 
     def create(self, key: str, content: bytes) -> bool:
         """Write an object that is not there yet; False where it is, or came meanwhile.
 
         After a lost answer it can be our own.
         """
-        with self._errors(key):
-            try:
-                _obstore().put(self._client, key, content, mode="create")
-            except _obstore().exceptions.AlreadyExistsError:
-                return False
-        return True
+        return self._put_if(key, content, "create")
 
     def replace(self, key: str, content: bytes, entry: Entry) -> bool:
         """Write an object in place of one that is as `entry` says; False where it is no more."""
-        obstore = _obstore()
-        with self._errors(key):
-            try:
-                obstore.put(self._client, key, content, mode={"e_tag": entry.e_tag})
-            except (obstore.exceptions.PreconditionError, FileNotFoundError):
+        return self._put_if(key, content, {"e_tag": entry.e_tag})
+
+    def _put_if(self, key: str, content: bytes, mode: Any) -> bool:
+        refusals = _obstore().exceptions
+        try:
+            self._put(key, content, mode=mode)
+        except PlaceError as error:
+            if isinstance(
+                error.__cause__, refusals.AlreadyExistsError | refusals.PreconditionError
+            ):
                 return False
+            raise
+        except FileNotFoundError:
+            return False
         return True
 
     def entry(self, key: str) -> Entry | None:
         """What is known of an object, None where there is none."""
         try:
-            found = self._read(lambda: _obstore().head(self._client, key), key)
+            found = self._tried(lambda: _obstore().head(self._client, key), key)
         except FileNotFoundError:
             return None
         return Entry(found["last_modified"], found["e_tag"])
@@ -214,23 +225,35 @@ class ObjectPlace(Place):
         """A write has returned only when the object was safe."""
 
     def make(self, files: Mapping[str, bytes]) -> None:
-        for key in files:
-            if key != _DESCRIPTION:
-                self.write(key, files[key])
-        if not self.create(_DESCRIPTION, files[_DESCRIPTION]):
-            raise StoreError(f"{self} exists already and is not a store to go on with")
+        locks = self.lock(shared=False)
+        if locks is None:
+            raise StoreLockedError(self)
+        try:
+            if self.exists():
+                raise StoreError(f"{self} exists already and is not a store to go on with")
+            self._remove(keep=f"{FOLDER}/")  # of one that was never finished
+            for key in files:
+                if key != _DESCRIPTION:
+                    self.write(key, files[key])
+            locks.check()
+            self.write(_DESCRIPTION, files[_DESCRIPTION])
+        finally:
+            locks.close()
 
     def remove(self, key: str) -> None:
-        with suppress(FileNotFoundError), self._errors(key):
-            _obstore().delete(self._client, key)
+        with suppress(FileNotFoundError):
+            self._tried(lambda: _obstore().delete(self._client, key), key)
 
     def remove_all(self) -> None:
-        # the description first: without it there is no store
-        self.remove(_DESCRIPTION)
-        paths = [found["path"] for found in self._list("")]
-        with self._errors():
-            for start in range(0, len(paths), 1000):
-                _obstore().delete(self._client, paths[start : start + 1000])
+        self.remove(_DESCRIPTION)  # without it there is no store
+        self._remove()
+
+    def _remove(self, keep: str | None = None) -> None:
+        found = [entry["path"] for entry in self._list("")]
+        paths = [path for path in found if keep is None or not path.startswith(keep)]
+        for start in range(0, len(paths), 1000):
+            delete = partial(_obstore().delete, self._client, paths[start : start + 1000])
+            self._tried(delete)
 
     def remove_leftovers(self, keys: Iterable[str] | None = None) -> None:
         """An object that was not written whole is not there."""
@@ -241,7 +264,7 @@ class ObjectPlace(Place):
         return list(dict.fromkeys(parts[0] for parts in below))
 
     def size(self, key: str) -> int:
-        return int(self._read(lambda: _obstore().head(self._client, key)["size"], key))
+        return int(self._tried(lambda: _obstore().head(self._client, key)["size"], key))
 
     def total_size(self, folder: str = "") -> int:
         return sum(int(found["size"]) for found in self._list(folder))

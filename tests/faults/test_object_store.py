@@ -217,7 +217,7 @@ def test_an_experiment_from_harvest_to_report(
             ("report", out, "--out", out / "report.html", *at),
             ("store", "verify", store),
             ("store", "info", store, "--json"),
-            ("export", runs[1], "--format", "sparsify", "--out", out / "export"),
+            ("export", runs[1], "--format", "saelens", "--out", out / "export"),
         ):
             results[name, command[0]] = _ran(*command)
         config = json.loads((runs[0] / "config.json").read_text())
@@ -241,6 +241,6 @@ def test_no_request_lasts_longer_than_a_lease() -> None:
     """So that nothing a writer sent can arrive after its locks were taken over."""
     from stores import leases
 
-    longest = objects.RETRIES_S + objects._REQUEST_S
+    longest = objects.PUT_AGAIN_S + objects.RETRIES_S + objects._REQUEST_S
     assert leases.TRUST_S + longest < leases.EXPIRY_S
     assert leases.BEAT_S * 4 < leases.TRUST_S
