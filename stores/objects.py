@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from stores.errors import PlaceError, StoreError, StoreLockedError
 from stores.locks import FOLDER
+from stores.obstore import obstore_module, reason
 from stores.place import Place
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class ObjectPlace(Place):
     def _connect(
         self, *, retries: int, retries_s: float, attempt_s: float, check: bool = False
     ) -> Any:
-        obstore = _obstore()
+        obstore = obstore_module()
         config = {} if self._endpoint_url is None else {"endpoint": self._endpoint_url}
         with self._errors():
             client = obstore.store.from_url(
@@ -136,7 +137,7 @@ class ObjectPlace(Place):
     @contextmanager
     def _errors(self, key: str = "") -> Iterator[None]:
         """What obstore raises, as one of ours."""
-        obstore = _obstore()
+        obstore = obstore_module()
         try:
             yield
         except FileNotFoundError:
@@ -144,7 +145,7 @@ class ObjectPlace(Place):
         except (obstore.exceptions.BaseError, ValueError) as error:
             if isinstance(error, StoreError):
                 raise
-            raise PlaceError(self, _reason(error)) from error
+            raise PlaceError(self, reason(error)) from error
 
     def _tried(
         self, operation: Callable[[], T], key: str = "", *, patience_s: float = RETRIES_S
@@ -158,26 +159,26 @@ class ObjectPlace(Place):
             while True:
                 try:
                     return operation()
-                except _obstore().exceptions.GenericError as error:
+                except obstore_module().exceptions.GenericError as error:
                     if _CUT_OFF not in str(error) or time.monotonic() > give_up:
                         raise
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
 
     def _put(self, key: str, content: bytes, **how: Any) -> None:
-        put = partial(_obstore().put, self._client, key, content, **how)
+        put = partial(obstore_module().put, self._client, key, content, **how)
         self._tried(put, key, patience_s=PUT_AGAIN_S)
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         """All objects in a folder and in those inside it."""
-        batches = partial(_obstore().list, self._client, folder or None, chunk_size=1000)
+        batches = partial(obstore_module().list, self._client, folder or None, chunk_size=1000)
         return self._tried(lambda: [found for batch in batches() for found in batch])
 
     def exists(self) -> bool:
         return self.entry(_DESCRIPTION) is not None  # what `make` writes last
 
     def read(self, key: str) -> bytes:
-        return self._tried(lambda: bytes(_obstore().get(self._client, key).bytes()), key)
+        return self._tried(lambda: bytes(obstore_module().get(self._client, key).bytes()), key)
 
     def fetch(self, keys: Iterable[str]) -> list[Callable[[], bytes]]:
         return [self._pool.submit(self.read, key).result for key in keys]
@@ -197,7 +198,7 @@ class ObjectPlace(Place):
         return self._put_if(key, content, {"e_tag": entry.e_tag})
 
     def _put_if(self, key: str, content: bytes, mode: Any) -> bool:
-        refusals = _obstore().exceptions
+        refusals = obstore_module().exceptions
         try:
             self._put(key, content, mode=mode)
         except PlaceError as error:
@@ -213,7 +214,7 @@ class ObjectPlace(Place):
     def entry(self, key: str) -> Entry | None:
         """What is known of an object, None where there is none."""
         try:
-            found = self._tried(lambda: _obstore().head(self._client, key), key)
+            found = self._tried(lambda: obstore_module().head(self._client, key), key)
         except FileNotFoundError:
             return None
         return Entry(found["last_modified"], found["e_tag"])
@@ -242,7 +243,7 @@ class ObjectPlace(Place):
 
     def remove(self, key: str) -> None:
         with suppress(FileNotFoundError):
-            self._tried(lambda: _obstore().delete(self._client, key), key)
+            self._tried(lambda: obstore_module().delete(self._client, key), key)
 
     def remove_all(self) -> None:
         self.remove(_DESCRIPTION)  # without it there is no store
@@ -252,7 +253,7 @@ class ObjectPlace(Place):
         found = [entry["path"] for entry in self._list("")]
         paths = [path for path in found if keep is None or not path.startswith(keep)]
         for start in range(0, len(paths), 1000):
-            delete = partial(_obstore().delete, self._client, paths[start : start + 1000])
+            delete = partial(obstore_module().delete, self._client, paths[start : start + 1000])
             self._tried(delete)
 
     def remove_leftovers(self, keys: Iterable[str] | None = None) -> None:
@@ -264,7 +265,7 @@ class ObjectPlace(Place):
         return list(dict.fromkeys(parts[0] for parts in below))
 
     def size(self, key: str) -> int:
-        return int(self._tried(lambda: _obstore().head(self._client, key)["size"], key))
+        return int(self._tried(lambda: obstore_module().head(self._client, key)["size"], key))
 
     def total_size(self, folder: str = "") -> int:
         return sum(int(found["size"]) for found in self._list(folder))
@@ -282,48 +283,6 @@ class ObjectPlace(Place):
         from stores.leases import LeaseLocks
 
         return LeaseLocks.take(self, shared=shared)
-
-
-def _obstore() -> Any:
-    try:
-        import obstore
-        import obstore.exceptions
-        import obstore.store
-    except ImportError:
-        raise ValueError(
-            "a store with a URL needs obstore, which is not installed: "
-            "pip install 'routesae-cache[cloud]'"
-        ) from None
-    return obstore
-
-
-_HINTS = {
-    "NoSuchBucket": "there is no such bucket",
-    "ContainerNotFound": "there is no such container",
-    "The specified bucket does not exist": "there is no such bucket",
-    "InvalidAccessKeyId": "the access key is not known there; see AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key is wrong; see AWS_SECRET_ACCESS_KEY",
-    "AccessDenied": "access is denied; see the credentials and what they may do",
-    "403 Forbidden": "access is denied; see the credentials and what they may do",
-    "401 Unauthorized": "access is denied; see the credentials and what they may do",
-    "169.254.169.254": (
-        "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-        "(this is no machine of the provider's with credentials of its own)"
-    ),
-    "metadata.google.internal": "no credentials: set GOOGLE_APPLICATION_CREDENTIALS",
-    "Account must be specified": "no account: set AZURE_STORAGE_ACCOUNT_NAME",
-    "error sending request": "it cannot be reached; see --endpoint-url and the network",
-}
-"""What is to be found in obstore's messages, and what it means; the first that fits."""
-
-
-def _reason(error: Exception) -> str:
-    """One line: what obstore says goes on for pages, and has the request in it."""
-    text = str(error)
-    for sign, meaning in sorted(_HINTS.items(), key=lambda hint: "169.254" not in hint[0]):
-        if sign in text:
-            return meaning
-    return text.strip().splitlines()[0]
 
 
 def _without_secrets(url: str) -> str:

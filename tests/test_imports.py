@@ -37,6 +37,7 @@ ALONE = {
     "vl_convert": {"routesae_cache.report.assets", "routesae_cache.report.page"},
     "ray": {"routesae_cache.ray_cluster"},
     "torch.distributed": {"routesae_cache.parallel"},
+    "obstore": {"stores.obstore"},
 }
 
 

@@ -24,6 +24,7 @@ from stores.errors import (
     StoreError,
     StoreLockedError,
 )
+from stores.obstore import reason
 from stores.place import Place
 from stores.places import as_place
 from stores.reader import StoreReader
@@ -270,9 +271,9 @@ def test_errors_that_a_user_makes(
     ],
 )
 def test_what_an_object_store_says_in_a_line(said: str, meant: str) -> None:
-    reason = objects._reason(ValueError(said))
-    assert reason.startswith(meant)
-    assert "\n" not in reason
+    found = reason(ValueError(said))
+    assert found.startswith(meant)
+    assert "\n" not in found
 
 
 # copies
