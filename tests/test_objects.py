@@ -226,6 +226,17 @@ def test_lost_answers_and_errors_are_tried_again(
     assert min(server.faults[kind] for kind in ("error", "cut", "lost")) > 2
 
 
+def test_an_answer_that_was_cut_off_is_asked_for_again(
+    place: objects.ObjectPlace, server: ObjectServer
+) -> None:
+    fill_store(place, store_spec())
+    for ask in (lambda: sorted(place.names("committed/c")), lambda: place.read("lengths/c/1")):
+        expected, left = ask(), ["cut"] * 3
+        server.choose = lambda method, path, left=left: left.pop() if left else None
+        assert ask() == expected
+        assert not left
+
+
 def test_a_server_that_is_gone_is_no_corrupt_chunk(
     place: objects.ObjectPlace, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
