@@ -148,7 +148,7 @@ def committed(path: Path) -> Content:
         return {}
     spec = read_spec(path)
     places = [
-        stored.chunk_file(path, chunk)
+        path / stored.chunk_key(chunk)
         for chunk in committed_chunks(path, spec)
         for stored in stored_arrays(spec)
     ]
@@ -201,7 +201,7 @@ def _timeless_lines(content: bytes) -> bytes:
     lines = []
     for line in content.splitlines():
         record = json.loads(line)
-        del record["seconds"]
+        del record["seconds"], record["crc32c"]
         lines.append(json.dumps(record))
     return "\n".join(lines).encode()
 
