@@ -242,7 +242,7 @@ def fill_residuals(
                     in_flight.append(background.submit(encoding.add, residuals, batch))
                     settle(ahead)
                 in_flight.append(background.submit(encoding.commit))
-                settle(ahead)
+                settle(max(ahead, 1))  # a commit waits for the disk, more than it computes
         settle(0)
     return state.done
 

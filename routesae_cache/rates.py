@@ -87,7 +87,7 @@ class Rates:
     float32_flops: float = _rate(MISSING, "FLOP/s", "data sheet", "products in float32")
     sae_utilisation: float = _rate(0.6, "", "assumed", "of float32_flops, in a large product")
     sae_products: float = _rate(
-        1.6, "products", "measured", "a TopK's step over its encoder's product at D=2048, on a CPU"
+        1.5, "products", "measured", "a TopK's step over its encoder's product at D=2048, on a CPU"
     )
     memory_bandwidth: float | None = _rate(None, "bytes/s", "data sheet", "of the GPU, for Adam")
     price_per_hour: float = _rate(0.0, "USD", "assumed", "a worker on demand, May 2026")
@@ -108,14 +108,14 @@ class Rates:
     )
     start_seconds: float = _rate(120.0, "s", "assumed", "until a worker has the model")
 
-    tokenise_us: float = _rate(1.9, "µs a token", "measured", "text to rows, in one process")
-    encode_ns_bf16: float = _rate(7.7, "core-ns a value", "measured", "encode, compress, write")
-    encode_ns_int8: float = _rate(4.8, "core-ns a value", "measured", "encode, compress, write")
-    encode_ns_delta: float = _rate(5.9, "core-ns a value", "measured", "encode, compress, write")
-    decode_ns_bf16: float = _rate(4.5, "core-ns a value", "measured", "read, check, decode")
-    decode_ns_int8: float = _rate(1.1, "core-ns a value", "measured", "read, check, decode")
-    decode_ns_delta: float = _rate(1.9, "core-ns a value", "measured", "read, check, decode")
-    normalise_ns: float = _rate(2.1, "core-ns a value", "measured", "of the layers wanted")
+    tokenise_us: float = _rate(1.4, "µs a token", "measured", "text to rows, in one process")
+    encode_ns_bf16: float = _rate(10.2, "core-ns a value", "measured", "encode, compress, write")
+    encode_ns_int8: float = _rate(5.6, "core-ns a value", "measured", "encode, compress, write")
+    encode_ns_delta: float = _rate(7.6, "core-ns a value", "measured", "encode, compress, write")
+    decode_ns_bf16: float = _rate(4.2, "core-ns a value", "measured", "read, check, decode")
+    decode_ns_int8: float = _rate(0.6, "core-ns a value", "measured", "read, check, decode")
+    decode_ns_delta: float = _rate(1.7, "core-ns a value", "measured", "read, check, decode")
+    normalise_ns: float = _rate(3.0, "core-ns a value", "measured", "of the layers wanted")
     reader_threads: float = _rate(4.0, "threads", "program", "that read and decode, each rank")
 
     storage_price: float = _rate(0.023, "USD", "assumed", "a GB and month in an object store, 2026")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class ActivationFile:
     """
 
     def __init__(self, path: Path, context: int) -> None:
-        self._path, self._context = path, context
+        self._context = context
         self._writer = pq.ParquetWriter(
             path,
             _SCHEMA,
@@ -62,10 +62,9 @@ class ActivationFile:
         self._writer.close()
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Let go of the file, which is not to be kept."""
         with suppress(OSError):  # of a full disk, where even the file's end has no room
             self._writer.close()
-        self._path.unlink(missing_ok=True)
 
     def _write(self, *, last: bool = False) -> None:
         """Write whole groups, so that a file does not depend on how its rows came; `last`: all."""
@@ -92,14 +91,17 @@ class ActivationFile:
 def activation_file(path: Path, context: int) -> Iterator[ActivationFile]:
     """A parquet file to fill, which is there once it is whole; its folder is made with it."""
     partial = partial_of(path.parent.with_name(f"{path.parent.name}.{path.name}"))
-    file = ActivationFile(partial, context)
     try:
-        yield file
-        file.close()
+        with ExitStack() as failing:
+            file = ActivationFile(partial, context)
+            failing.callback(file.abandon)
+            yield file
+            file.close()
+            failing.pop_all()
         path.parent.mkdir(exist_ok=True)
         rename_durably(partial, path)
     except BaseException:
-        file.abandon()
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -23,6 +23,7 @@ from stores.errors import CorruptChunkError
 from stores.places import as_place
 from stores.writer import StoreWriter
 from tests.command_helpers import routesae
+from tests.faults.tally import Tally
 from tests.object_server import BUCKET, CREDENTIALS, ObjectServer, object_server
 from tests.store_helpers import fill_store, store_bytes, store_spec
 
@@ -55,14 +56,16 @@ def expect(whole: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_written_and_read_through_faults(
-    server: ObjectServer, whole: dict[str, bytes], seed: int
+    server: ObjectServer, whole: dict[str, bytes], seed: int, tally: Tally
 ) -> None:
     server.at_random(seed, 0.2, *KINDS)
     reader = fill_store(as_place(URL), store_spec(train_rows=30))
     assert dict(reader.verify()) == dict.fromkeys(range(11), None)
     assert all(server.faults[kind] > 10 for kind in KINDS)
+    tried = server.faults.total()
     server.well()
     expect(whole)
+    tally.add("object store: bad answers", tried=tried, survived=tried)
 
 
 def test_a_connection_that_is_lost_for_a_while(
@@ -122,7 +125,9 @@ def _process(source: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_killed_again_and_again(server: ObjectServer, whole: dict[str, bytes]) -> None:
+def test_killed_again_and_again(
+    server: ObjectServer, whole: dict[str, bytes], tally: Tally
+) -> None:
     """Its locks are taken over at once: a process of this machine that is gone is known to be."""
     server.slowness = 0.02
     server.choose = lambda method, path: "slow"
@@ -142,6 +147,7 @@ def test_killed_again_and_again(server: ObjectServer, whole: dict[str, bytes]) -
     assert done.wait() == 0, done.communicate()
     done.communicate()
     expect(whole)
+    tally.add("object store: writers", tried=killed, survived=killed)
 
 
 _SHARE = """
