@@ -75,7 +75,7 @@ def outcome(runs: Path) -> dict[str, Any]:
         name = str(file.relative_to(runs))
         if file.suffix == ".jsonl":
             lines = map(json.loads, file.read_text().splitlines())
-            found[name] = [line | {"seconds": 0} for line in lines]
+            found[name] = [line | {"seconds": 0, "crc32c": 0} for line in lines]
         elif file.is_file():
             found[name] = file.read_bytes()
     return found
