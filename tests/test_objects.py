@@ -96,11 +96,11 @@ def test_what_is_read_is_asked_for_at_once(
     place: objects.ObjectPlace, server: ObjectServer
 ) -> None:
     reader = fill_store(place, store_spec())
-    server.slowness = 0.1
+    server.slowness = 0.5
     server.choose = lambda method, path: "slow"
     start = time.perf_counter()
     reader.codes(0, (0, 1, 2))  # ten files
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 3
 
 
 # locks
