@@ -139,7 +139,7 @@ def test_what_a_killed_worker_had_is_free_again(
         assert take_chunk(rows_alone.out, 0) is None
         with StoreWriter(rows_alone.out, shared=True) as beside:
             assert not beside.claim(0)
-            assert beside.claim(2)
+            assert beside.claim(1)  # of another share; 2 may be begun while 0 is committed
         with pytest.raises(StoreLockedError):
             harvest(plan_harvest(rows_alone))  # it wants the store alone
         os.kill(process.pid, signal.SIGKILL)
