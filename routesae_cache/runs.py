@@ -18,6 +18,7 @@ from torch import Tensor
 
 from routesae_cache.batches import Norm
 from routesae_cache.checkpoint import (
+    CHECKPOINT,
     CONFIG,
     FAILED,
     WEIGHTS,
@@ -213,6 +214,15 @@ def set_aside_changed(folder: Path, config: RunConfig) -> None:
     place.parent.mkdir(exist_ok=True)
     folder.rename(place)
     logger.info("%s was made with other settings; it is in %s now", folder.name, place)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed left in a run's directory, which is nobody else's."""
+    for pattern in (f"*{PARTIAL}", ".tmp??????"):  # the latter safetensors writes to and renames
+        for file in folder.glob(pattern):
+            file.unlink()
+    if (folder / WEIGHTS).exists():
+        (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:

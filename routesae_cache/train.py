@@ -19,6 +19,7 @@ from routesae_cache.runs import (
     RunState,
     Stream,
     check_folder,
+    remove_leftovers,
     run_names,
     set_aside_changed,
     settled,
@@ -284,7 +285,7 @@ class _Plan:
 
     def settle(self, holding: ExitStack) -> list[RunState | None]:
         """How the runs that need no further training came out, None for the others; moves changed
-        ones aside where that was asked for.
+        ones aside where that was asked for, and clears up after killed processes.
 
         Args:
             holding: the runs are this process's alone until it is closed.
@@ -299,6 +300,7 @@ class _Plan:
             if self.config.replace_changed:
                 set_aside_changed(folder, run_config)
             check_folder(folder, run_config, self.config.resume)
+            remove_leftovers(folder)
         return [settled(folder, folder.name) for folder in self.folders]
 
     def open(

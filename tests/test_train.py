@@ -234,6 +234,20 @@ def test_stopped_between_two_steps(reader: StoreReader, tmp_path: Path) -> None:
         assert_same(a, b)
 
 
+def test_what_a_killed_process_left_is_removed(reader: StoreReader, tmp_path: Path) -> None:
+    saes = [topk(), topk(k=8)]
+    (ended,) = go(reader, tmp_path, *saes, only=[0]).folders
+    (cut,) = go(reader, tmp_path, *saes, only=[1], stopped=lambda: True).folders
+    (ended / "checkpoint.safetensors").write_bytes(b"not removed yet")
+    for folder in (ended, cut):
+        (folder / ".tmpAb12Cd").touch()  # as safetensors calls what it writes to
+        (folder / "metrics.jsonl.partial").touch()
+    go(reader, tmp_path, *saes, resume=True)
+    for folder in (ended, cut):
+        names = {file.name for file in folder.iterdir()}
+        assert names == {"config.json", "metrics.jsonl", "sae.safetensors"}
+
+
 def test_stopped_after_the_last_step_is_done(reader: StoreReader, tmp_path: Path) -> None:
     result = go(reader, tmp_path, topk(), epochs=1, batch_tokens=1920, stopped=lambda: True)
     assert [state.status for state in result.runs] == ["done"]

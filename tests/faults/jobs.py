@@ -23,6 +23,7 @@ Content = dict[str, bytes]
 STORE, RUNS, SWEEP = "s.zarr", "saes", "sweep.toml"
 CODES = r"residuals/\d/(low|high|codes)/c/"
 """Matches the files with a store's residuals."""
+_WEIGHTS = "/sae.safetensors"
 
 _SWEEP = """
 [train]
@@ -74,7 +75,7 @@ def harvest_arguments(model: Path, corpus: Path, *, tokens: int = 300) -> list[o
 
 
 def harvesting(model: Path, corpus: Path) -> Job:
-    return Job(harvest_arguments(model, corpus), lambda f: store(f / STORE), _committed(STORE))
+    return Job(harvest_arguments(model, corpus), lambda f: everything(f / STORE), _committed(STORE))
 
 
 def extending(model: Path, corpus: Path, smaller: Path) -> Job:
@@ -85,7 +86,7 @@ def extending(model: Path, corpus: Path, smaller: Path) -> Job:
 
 def recoding(source: Path) -> Job:
     arguments = ["store", "recode", source, "t.zarr", "--codec", "int8"]
-    return Job(arguments, lambda f: store(f / "t.zarr"), _committed("t.zarr"))
+    return Job(arguments, lambda f: everything(f / "t.zarr"), _committed("t.zarr"))
 
 
 def training(source: Path, *, epochs: int = 12) -> Job:
@@ -93,7 +94,7 @@ def training(source: Path, *, epochs: int = 12) -> Job:
     return Job(
         arguments,
         lambda f: runs(f / RUNS),
-        lambda f: {k: v for k, v in runs(f / RUNS).items() if k.endswith("/sae.safetensors")},
+        lambda f: {k: v for k, v in everything(f / RUNS).items() if k.endswith(_WEIGHTS)},
         partial(_write, SWEEP, _SWEEP.format(epochs=epochs)),
     )
 
@@ -104,8 +105,8 @@ def mining(source: Path, model: Path, trained: Path) -> Job:
     options = ["--threshold", 0.1, "--model", model, "--out", "contexts"]
     return Job(
         ["contexts", source, *names, *options],
-        lambda f: files(f / "contexts"),
-        lambda f: files(f / "contexts"),
+        lambda f: everything(f / "contexts"),
+        lambda f: whole_files(f / "contexts"),
         lambda f: _copy(trained, f / RUNS),
     )
 
@@ -130,8 +131,8 @@ def reference(folder: Path, job: Job) -> tuple[Content, float]:
 # what is compared
 
 
-def store(path: Path) -> Content:
-    """Every file of a store, without the locks: they are no data, and the dead leave theirs."""
+def everything(path: Path) -> Content:
+    """Every file in a folder, without the locks: they are no data, and the dead leave theirs."""
     return {name: v for name, v in array_files(path).items() if not name.startswith(FOLDER)}
 
 
@@ -158,26 +159,24 @@ def committed(path: Path) -> Content:
     }
 
 
-def files(path: Path) -> Content:
-    """The files in a folder that are whole by their names, without locks."""
-    return {name: v for name, v in store(path).items() if not name.endswith(".partial")}
+def whole_files(path: Path) -> Content:
+    """The files in a folder that are finished by their names, without the locks."""
+    return {name: v for name, v in everything(path).items() if not name.endswith(".partial")}
 
 
 def runs(path: Path) -> Content:
-    """The files of finished and unfinished runs, without checkpoints and times."""
-    found = {name: v for name, v in files(path).items() if not name.startswith(".")}
-    found = {name: v for name, v in found.items() if not name.endswith("checkpoint.safetensors")}
+    """Every file of ended runs, without times."""
     return {
         name: _timeless_lines(content) if name.endswith("metrics.jsonl") else content
-        for name, content in found.items()
+        for name, content in everything(path).items()
     }
 
 
 def experiment(out: Path) -> Content:
     """Everything of an experiment that has no times in it: of the page, that it is whole."""
     found = {f"saes/{name}": v for name, v in runs(out / "saes").items()}
-    found |= {f"store/{name}": v for name, v in store(out / "store.zarr").items()}
-    found |= {f"contexts/{name}": v for name, v in files(out / "contexts").items()}
+    found |= {f"store/{name}": v for name, v in everything(out / "store.zarr").items()}
+    found |= {f"contexts/{name}": v for name, v in everything(out / "contexts").items()}
     found["evaluation"] = (out / "evaluation.json").read_bytes()
     found["report"] = (out / "report.html").read_bytes().strip()[-7:]
     stages = json.loads((out / "pipeline.json").read_bytes())["stages"]

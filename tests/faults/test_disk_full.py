@@ -21,11 +21,12 @@ from tests.faults.jobs import (
     RUNS,
     STORE,
     Job,
-    files,
+    everything,
     harvesting,
     mining,
     recoding,
     training,
+    whole_files,
 )
 from tests.faults.processes import running
 from tests.faults.tally import Tally
@@ -126,5 +127,9 @@ def test_contexts(
 
 def test_report(disk: SmallDisk, home: Path, tmp_path: Path, tally: Tally) -> None:
     options = ["--store", home / STORE, "--out", "page/r.html", "--assets", "page/assets"]
-    job = Job(["report", home, *options], lambda f: files(f / "page"), lambda f: files(f / "page"))
+    job = Job(
+        ["report", home, *options],
+        lambda f: everything(f / "page"),
+        lambda f: whole_files(f / "page"),
+    )
     try_full("report", job, disk, 4, tmp_path / "log", tally)

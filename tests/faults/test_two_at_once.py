@@ -15,13 +15,13 @@ from tests.faults.jobs import (
     STORE,
     Job,
     committed,
+    everything,
     experimenting,
     harvest_arguments,
     harvesting,
     mining,
     recoding,
     reference,
-    store,
     training,
 )
 from tests.faults.processes import Command, SignalAtFile, finished, running, wait_until
@@ -152,7 +152,7 @@ def test_training_while_a_harvest_extends_the_store(
             extends.kill(signal.SIGCONT)
             assert extends.code() == 0, extends.output()
     assert job.result(folder) == expected
-    assert store(folder / STORE) == store(home / STORE)
+    assert everything(folder / STORE) == everything(home / STORE)
     with running(folder, *late) as trains:
         assert trains.code() == 0, trains.output()
     tally.add("two at once, training beside a harvest")
