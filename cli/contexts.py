@@ -82,6 +82,7 @@ def contexts(
     with err.status("Opening the store"):
         from routesae_cache.contexts.contexts import ContextsConfig, mine_contexts
         from routesae_cache.whole_files import named_full_disk
+        from stores.disk import existing
         from stores.reader import StoreReader
 
         config = ContextsConfig(
@@ -110,7 +111,7 @@ def contexts(
         looked_at = done / total
         update(completed=done, total=total)
 
-    free = _free_bytes(target)
+    free = shutil.disk_usage(existing(target)).free
     with (  # what was free was enough for what was looked at
         bar("Mining") as update,
         named_full_disk(target, lambda: free / looked_at if looked_at else None),
@@ -138,14 +139,6 @@ def contexts(
         places = [one.contexts, one.activations, *([one.delphi] if one.delphi else [])]
         out.print(f"{one.name}: {', '.join(map(str, places))}", soft_wrap=True)
     return [one.contexts for one in mined]
-
-
-def _free_bytes(folder: Path) -> int:
-    """Of the disk where a folder is or is to be."""
-    found = folder.absolute()
-    while not found.exists():
-        found = found.parent
-    return shutil.disk_usage(found).free
 
 
 def _number(option: str, text: str) -> float:

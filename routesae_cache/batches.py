@@ -273,15 +273,11 @@ class BatchSource:
                 other.result()
                 row_N[target], position_N[target] = group.row_N[taken], group.position_N[taken]
                 first, filled = taken.stop, target.stop
-                if filled == size:
-                    yield _batch(ring[number % len(ring)], row_N, position_N)
+                if filled == size or (self._config.within_chunks and first == len(group.row_N)):
+                    part = slice(filled)
+                    yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])
                     row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
                     number, filled = number + 1, 0
-            if filled and self._config.within_chunks:
-                part = slice(filled)
-                yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])
-                row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
-                number, filled = number + 1, 0
         if filled and not self._config.drop_last:
             part = slice(filled)
             yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])

@@ -13,7 +13,8 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-from routesae_cache.parallel import check_devices, cores, environment, meeting_point
+from routesae_cache.devices import cores
+from routesae_cache.parallel import check_devices, environment, meeting_point
 
 PEER_LOST = 75
 """Exit code of a process that ended because another did."""

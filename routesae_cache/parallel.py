@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from routesae_cache import selection
+from routesae_cache.devices import cores
 
 _ENVIRONMENT = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -267,8 +268,3 @@ def check_devices(processes: int, device: str) -> None:
         )
     if device == "cuda" and processes > (gpus := torch.cuda.device_count()):
         raise ValueError(f"{processes} processes: expected at most {gpus}, a GPU here for each")
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

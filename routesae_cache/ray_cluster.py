@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from routesae_cache.devices import cores
+
 LOCAL = "local"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -70,7 +72,7 @@ def cluster(config: RayConfig) -> Iterator[Any]:
     ray = import_ray()
     where: dict[str, Any] = {"address": config.address}
     if config.address == LOCAL:
-        where |= {"num_cpus": max(config.workers, _cores()), "include_dashboard": False}
+        where |= {"num_cpus": max(config.workers, cores()), "include_dashboard": False}
         where |= {"object_store_memory": 100 << 20}  # little goes through it
     try:
         if config.address not in (LOCAL, "auto"):  # Ray itself tries for a minute
@@ -97,11 +99,7 @@ def cluster(config: RayConfig) -> Iterator[Any]:
 def threads_of_each(ray: Any, config: RayConfig) -> int:
     """PyTorch's threads in each worker: cores of the smallest node, over its workers."""
     if config.address == LOCAL:
-        return max(1, _cores() // config.workers)
-    cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    nodes = [int(n) for n in cores if n >= 1]
+        return max(1, cores() // config.workers)
+    found = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    nodes = [int(n) for n in found if n >= 1]
     return max(1, min(nodes, default=1) // math.ceil(config.workers / max(1, len(nodes))))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

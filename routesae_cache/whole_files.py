@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stores.disk import existing, sync
 from stores.places import Where
 
 PARTIAL = ".partial"
@@ -48,17 +48,9 @@ def partial_of(path: Path) -> Path:
 
 def rename_durably(source: Path, target: Path) -> None:
     """Rename a file that was just written, its content on the disk before and its name after."""
-    _sync(source)
+    sync(source)
     source.replace(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)
 
 
 @contextmanager
@@ -85,8 +77,8 @@ def named_full_disk(target: Where, needed: Callable[[], float | None]) -> Iterat
 
 
 def _mount_point(path: Path) -> Path:
-    found = path.absolute()
-    while not found.exists() or not os.path.ismount(found):
+    found = existing(path)
+    while not found.is_mount():
         found = found.parent
     return found
 

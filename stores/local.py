@@ -14,6 +14,7 @@ from typing import Any
 
 from zarr.storage import LocalStore
 
+from stores.disk import existing, sync
 from stores.errors import StoreError
 from stores.locks import FileLocks
 from stores.place import Place
@@ -60,14 +61,14 @@ class LocalPlace(Place):
         try:
             _write(temporary, content)
             if durable:
-                _sync(temporary)
+                sync(temporary)
             _rename(temporary, file)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         if durable:
             for folder in self._folders([file]):
-                _sync(folder)
+                sync(folder)
         else:
             self._unsynced.add(file)
 
@@ -103,7 +104,7 @@ class LocalPlace(Place):
                 raise StoreError(
                     f"{path} exists already and is not a store to go on with"
                 ) from None
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -134,9 +135,7 @@ class LocalPlace(Place):
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def free_bytes(self) -> int:
-        folder = self.path.absolute()
-        while not folder.exists():
-            folder = folder.parent
+        folder = existing(self.path)
         if not folder.is_dir():
             raise StoreError(f"{self} cannot be made: {folder} is not a directory")
         if not os.access(folder, os.W_OK):
@@ -153,21 +152,12 @@ class LocalPlace(Place):
 
 def _sync_all(paths: Iterable[Path]) -> None:
     with ThreadPoolExecutor(_SYNCS, thread_name_prefix="sync") as pool:
-        for _ in pool.map(_sync, paths):
+        for _ in pool.map(sync, paths):
             pass
 
 
 def _write(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _rename(source: Path, target: Path) -> None:

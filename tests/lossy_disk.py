@@ -106,7 +106,7 @@ def on(disk: LossyDisk, **instead: Callable[..., Any]) -> Iterator[None]:
     """Have `stores.local` write to a disk; `instead` replaces some of what the disk does."""
     does: dict[str, Callable[..., Any]] = {
         "_write": disk.write,
-        "_sync": disk.sync,
+        "sync": disk.sync,
         "_rename": disk.rename,
         "_move": disk.rename,
         "_make_folder": disk.make_folder,

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from routesae_cache import launch as launch_module
 from routesae_cache.checkpoint import RunError, checkpoint_step, read_config
+from routesae_cache.devices import cores
 from routesae_cache.launch import PEER_LOST, Ended, _cause, check_processes, launch
 from routesae_cache.loggers import read_metrics
-from routesae_cache.parallel import ALONE, World, cores, environment
+from routesae_cache.parallel import ALONE, World, environment
 from routesae_cache.runs import Asked, run_names
 from routesae_cache.saes.registry import build_sae
 from routesae_cache.train import TrainConfig, train

@@ -52,7 +52,7 @@ def test_a_disk_that_loses_more_is_noticed(
         if path.is_dir() == (lost == "contents"):
             disk.sync(path)
 
-    with on(disk, _sync=sync):
+    with on(disk, sync=sync):
         history(tmp_path / "before" / "s.zarr")
     disk.restart(tmp_path / "after", random.Random(0))
     path = tmp_path / "after" / "s.zarr"
