@@ -26,6 +26,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _REPEATED = ["row", "position", "layer"]  # worth a dictionary
+_IN_PARTS = {"pre_buffer": False, "buffer_size": 1 << 18}  # or the whole file would be in memory
 
 
 class ActivationFile:
@@ -122,7 +123,7 @@ def read_activations(path: Path) -> Iterator[Part]:
     Raises ValueError where it is damaged, as far as its checksums, which are of pages, show it.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True, **_IN_PARTS) as file:
             if file.schema_arrow != _SCHEMA:
                 raise ValueError(f"expected the columns {_SCHEMA.names}")
             for batch in file.iter_batches(batch_size=_GROUP_ROWS):
