@@ -21,6 +21,7 @@ EPOCHS       ?= 4
 BATCH_TOKENS ?= 1024
 RESULTS      ?= runs/eval.json
 EXPERIMENT   ?= experiments/demo.toml
+TIMES        ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install harvest train evaluate demo test test-cluster test-faults check format clean
@@ -60,8 +61,8 @@ test: $(READY) ## run the tests
 test-cluster: $(READY) ## run the tests on a local Ray cluster (three minutes; pip install '.[ray]')
 	$(BIN)/python -m pytest tests/cluster
 
-test-faults: $(READY) ## kill, fill the disk, tear and attack it: docs/RELIABILITY.md (minutes)
-	$(BIN)/python -m pytest tests/faults -n auto --dist loadfile
+test-faults: $(READY) ## kill (TIMES= more often), fill the disk, tear, attack: docs/RELIABILITY.md
+	FAULT_TIMES=$(TIMES) $(BIN)/python -m pytest tests/faults -n auto --dist loadfile
 
 check: $(READY) ## formatting, lint, types, tests
 	$(BIN)/ruff format --check .

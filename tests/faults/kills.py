@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
@@ -14,6 +15,8 @@ from tests.faults.tally import Tally
 
 Folders = Callable[[], Path]
 """Makes an empty folder."""
+TIMES = int(os.environ.get("FAULT_TIMES", "1"))
+"""How often there are as many kills as a test asks for, to find what is rare."""
 Kill = Callable[[Path, Job], bool]
 """Runs a job's command in a folder and kills it; False where it ended well before that."""
 
@@ -53,24 +56,28 @@ def try_kills(
     what: str, job: Job, expected: Content, kill: Kill, kills: int, folders: Folders, tally: Tally
 ) -> None:
     """Kill and restart until it ends well, again and again until there were so many kills."""
-    killed = survived = lost = 0
+    kills *= TIMES
+    killed = survived = 0
+    lost, wrong = list[str](), list[str]()
     while killed < kills:
         folder = folders()
         job.prepare(folder)
         here = 0
         while kill(folder, job):
             here += 1
-            lost += len(differing(job.kept(folder), expected))
+            lost += differing(job.kept(folder), expected)
             if killed + here == kills:
                 finished(folder, *job.arguments)
                 break
-        wrong = job.result(folder) != expected
+        result = job.result(folder)
+        found = differing(result, expected) + [f"no {name}" for name in expected.keys() - result]
         killed += here
-        survived += 0 if wrong else here
-    tally.add(what, tried=killed, survived=survived, lost=lost)
-    assert (survived, lost) == (killed, 0)
+        survived += 0 if found else here
+        wrong += found
+    tally.add(what, tried=killed, survived=survived, lost=len(lost))
+    assert (wrong, lost) == ([], [])
 
 
 def differing(kept: Content, expected: Content) -> list[str]:
-    """What was finished and is not what it is to be."""
+    """What there is and is not what it is to be."""
     return [name for name, content in kept.items() if expected.get(name) != content]
