@@ -89,7 +89,7 @@ class LocalPlace(Place):
     def make(self, files: Mapping[str, bytes]) -> None:
         path = self.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        staging = self._beside()
         try:
             staged = LocalPlace(staging)
             for key, content in files.items():
@@ -108,11 +108,17 @@ class LocalPlace(Place):
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
+    def _beside(self) -> Path:
+        """A hidden, empty folder beside the store."""
+        return Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+
     def remove(self, key: str) -> None:
         (self.path / key).unlink(missing_ok=True)
 
     def remove_all(self) -> None:
-        shutil.rmtree(self.path)
+        aside = self._beside()  # at its place, a part of it would be a store that is damaged
+        _move(self.path, aside)
+        shutil.rmtree(aside)
 
     def remove_leftovers(self, keys: Iterable[str] | None = None) -> None:
         if keys is None:
@@ -165,7 +171,7 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename a folder to where nothing is."""
+    """Rename a folder to where nothing is, or an empty one."""
     source.rename(target)
 
 
