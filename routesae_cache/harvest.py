@@ -159,7 +159,9 @@ def _fill_rows(
             )
         grown = _count(grown, block)
         progress(HarvestProgress(phase="tokens", done=grown.tokens, total=plan.tokens))
-        if grown.eval_tokens >= spec.eval_target and grown.train_tokens >= config.tokens:
+        # a block that is not full is the text's last, and the loop ends by itself
+        full = len(block.lengths_R) == spec.chunk_rows
+        if full and grown.eval_tokens >= spec.eval_target and grown.train_tokens >= config.tokens:
             break
     else:
         grown = dataclasses.replace(grown, exhausted=True)

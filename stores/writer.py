@@ -109,6 +109,8 @@ class StoreWriter:
         """Declare the token rows complete, in one atomic step; `spec` has the new counts."""
         assert not self._shared
         assert not self.spec.differences(spec)
+        # what is committed stays as it is: a last chunk that is not full gets no further rows
+        assert spec.rows == self.spec.rows or not self.spec.rows % spec.chunk_rows
         self._locks.check()
         grow(self.path, spec)
         self.spec = spec

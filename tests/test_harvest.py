@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,18 @@ def test_text_that_runs_out(tiny_model_dir: Path, tiny_corpus: Path, tmp_path: P
     assert last.lengths_R[-1] < 23
     padding_TD = reader.residuals(reader.spec.chunks - 1, [2])[-(23 - last.lengths_R[-1]) :]
     assert not padding_TD.any()
+
+
+def test_a_last_chunk_that_is_not_full_stays_as_it_is(
+    tiny_model_dir: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    wanted = config(tiny_model_dir, tiny_corpus, tmp_path / "s.zarr", context=64, chunk_rows=16)
+    reader = run(replace(wanted, tokens=10**6))
+    assert reader.spec.rows % 16
+    exactly = replace(wanted, tokens=reader.spec.train_tokens, out=tmp_path / "t.zarr")
+    assert run(exactly).spec.exhausted
+    run(replace(exactly, tokens=10**6))
+    assert array_files(tmp_path / "t.zarr") == array_files(reader.path)
 
 
 def test_documents_apart(tiny_model_dir: Path, tiny_corpus: Path, tmp_path: Path) -> None:
