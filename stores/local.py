@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,12 @@ class LocalPlace(Place):
         return (self.path / key).stat().st_size
 
     def total_size(self, folder: str = "") -> int:
-        files = (self.path / folder).rglob("*")
-        return sum(file.stat().st_size for file in files if file.is_file())
+        total = 0
+        for inside, _, names in os.walk(self.path / folder):
+            for name in names:
+                with suppress(FileNotFoundError):  # a writer has renamed or removed it since
+                    total += Path(inside, name).stat().st_size
+        return total
 
     def free_bytes(self) -> int:
         folder = existing(self.path)

@@ -400,6 +400,24 @@ def test_a_reader_goes_on_while_the_store_is_extended(tmp_path: Path) -> None:
         after.chunks("train")
 
 
+def test_a_file_goes_while_the_store_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(fill_store(tmp_path / "s.zarr", small_spec()).path)
+    expected = stored_bytes(path)
+    leftover = path / "tokens" / "c" / "0" / "0.0123.partial"
+    walk = os.walk
+
+    def walked(*arguments: Any) -> Any:
+        leftover.touch()
+        found = list(walk(*arguments))
+        leftover.unlink()
+        return found
+
+    monkeypatch.setattr(os, "walk", walked)
+    assert stored_bytes(path) == expected == sum(map(len, store_bytes(path).values()))
+
+
 def test_arrays_may_be_longer_than_the_row_counts_say(tmp_path: Path) -> None:
     """As they are while token rows are being written."""
     path, small = tmp_path / "s.zarr", small_spec(train_rows=3)
