@@ -21,7 +21,9 @@ from cli.options import (
 
 if TYPE_CHECKING:
     from stores.reader import StoreReader
+    from stores.spec import Split
 
+SPLITS: tuple[Split, ...] = ("eval", "train")
 Source = Annotated[str, typer.Argument(help="Store to read: a path or a URL.", metavar="SRC")]
 Target = Annotated[str, typer.Argument(help="Store to make or go on with.", metavar="DST")]
 
@@ -52,7 +54,7 @@ def info(
         ("width", f"{spec['width']}"),
         ("rows", f"{facts['rows']:,} of {spec['context']} tokens"),
         ("tokens", f"{spec['train_tokens']:,} train, {spec['eval_tokens']:,} eval"),
-        ("committed", f"{facts['committed_chunks']} of {facts['chunks']} chunks"),
+        ("committed", _committed(facts)),
         ("codec", f"{spec['codec']}"),
         ("on disk", size(facts["bytes"])),
         ("bits a value", f"{bits:.2f}" if bits else "nothing committed yet"),
@@ -69,6 +71,18 @@ def info(
     out.print(layers)
 
 
+def _committed(facts: dict[str, Any]) -> str:
+    text = f"{facts['committed_chunks']} of {facts['chunks']} chunks"
+    if facts["committed_chunks"] == facts["chunks"]:
+        return text
+    train, test = (facts["splits"][name] for name in ("train", "eval"))
+    text += f": eval {test['committed']} of {test['chunks']}, "
+    text += f"train {train['committed']} of {train['chunks']}"
+    if train["so_far"] < train["committed"]:
+        text += f", the first {train['so_far']} without a gap"
+    return text
+
+
 def _facts(reader: StoreReader) -> dict[str, Any]:
     from stores.stats import split_stats, stored_bytes
 
@@ -83,6 +97,14 @@ def _facts(reader: StoreReader) -> dict[str, Any]:
         "rows": spec.rows,
         "chunks": spec.chunks,
         "committed_chunks": len(reader.committed),
+        "splits": {
+            split: {
+                "chunks": len(spec.split_chunks(split)),
+                "committed": len(reader.chunks(split, complete=False)),
+                "so_far": len(reader.prefix(split)),
+            }
+            for split in SPLITS
+        },
         "committed_tokens": tokens,
         "bytes": stored,
         "bits_per_value": 8 * stored / values if values else None,

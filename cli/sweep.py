@@ -26,6 +26,7 @@ from cli.training import (
     Nproc,
     Replace,
     Resume,
+    SoFar,
     WandbGroup,
     WandbMode,
     WandbName,
@@ -54,6 +55,7 @@ def sweep(
     ray: Ray = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
+    so_far: SoFar = False,
     resume: Resume = False,
     replace: Replace = False,
     log: Log = None,
@@ -75,6 +77,7 @@ def sweep(
         config = TrainConfig(
             out=target or Path("runs") / file.stem,
             device=cluster.device if cluster else pick_device(device),
+            so_far=so_far,
             resume=resume,
             replace_changed=replace,
             log=log_config(

@@ -28,6 +28,7 @@ from cli.training import (
     Out,
     Replace,
     Resume,
+    SoFar,
     WandbGroup,
     WandbMode,
     WandbName,
@@ -106,6 +107,7 @@ def train(
     ray: Ray = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
+    so_far: SoFar = False,
     resume: Resume = False,
     replace: Replace = False,
     log: Log = None,
@@ -147,6 +149,7 @@ def train(
             lr=lr,
             seed=seed,
             device=cluster.device if cluster else pick_device(device),
+            so_far=so_far,
             resume=resume,
             replace_changed=replace,
             log=log_config(

@@ -55,6 +55,10 @@ Replace = Annotated[
         "--replace", help="Move runs made with other settings to OUT/.replaced, train them anew."
     ),
 ]
+SoFar = Annotated[
+    bool,
+    typer.Option("--so-far", help="Train on the chunks that are there, while a harvest goes on."),
+]
 Nproc = Annotated[
     int,
     typer.Option(min=1, help="Processes on this machine that share each batch, a GPU for each."),
@@ -236,10 +240,16 @@ def _pass(
 def _announce(start: TrainStart) -> None:
     saes = "1 SAE" if start.saes == 1 else f"{start.saes} SAEs"
     done = f", {start.step:,} of them taken" if start.step else ""
+    part = ""
+    if start.read != start.split:
+        part = (
+            f"; of the train split, the first {start.read.chunks:,} of {start.split.chunks:,} "
+            f"chunks, {count(start.read.tokens)} of {count(start.split.tokens)} tokens"
+        )
     err.print(
         f"Training {saes} with {count(start.parameters)} parameters from "
         f"layers {layer_list(start.layers)}: {start.total_steps:,} steps of "
-        f"{start.batch_tokens:,} tokens{done}",
+        f"{start.batch_tokens:,} tokens{done}{part}",
         soft_wrap=True,
     )
 

@@ -62,7 +62,7 @@ class BatchConfig:
     own: tuple[int, ...] = (0,)
     """The streams to read; a batch has equally many tokens of each, one after the other."""
     chunks: tuple[int, ...] | None = None
-    """Of the split, in order; None: all of it."""
+    """Committed ones of the split, in order; None: all of it."""
     within_chunks: bool = False
     """Each batch is of one chunk, so that a chunk gives the same batches by itself."""
 
@@ -96,8 +96,8 @@ class BatchSource:
         self._reader, self._config = reader, config
         self._wanted = reader.spec.positions(config.layers)
         self._positions = reader.spec.codec.required(self._wanted)
-        chunks = reader.chunks(config.split)
-        self._chunks = chunks if config.chunks is None else list(config.chunks)
+        chunks = reader.chunks(config.split) if config.chunks is None else config.chunks
+        self._chunks = list(chunks)
         self._counts = {chunk: self._count(chunk) for chunk in self._chunks}
         self.tokens = config.streams * self._shortest()
         """Tokens over all epochs and streams, each stream cut to the length of the shortest."""
@@ -352,9 +352,19 @@ def _in_background(produced: Iterator[Batch], depth: int) -> Generator[Iterator[
 
 
 def first_tokens(
-    reader: StoreReader, layers: Sequence[int], split: Split, count: int, *, norm: Norm, seed: int
+    reader: StoreReader,
+    layers: Sequence[int],
+    split: Split,
+    count: int,
+    *,
+    norm: Norm,
+    seed: int,
+    chunks: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """A sample of about `count` tokens of a split, drawn as training would, shape (N, L, D)."""
+    """A sample of about `count` tokens of a split, drawn as training would, shape (N, L, D).
+
+    `chunks` are as `BatchConfig` has them.
+    """
     config = BatchConfig(
         layers=tuple(layers),
         batch_tokens=count,
@@ -362,6 +372,7 @@ def first_tokens(
         norm=norm,
         seed=seed,
         drop_last=False,
+        chunks=chunks,
     )
     with BatchSource(reader, config).batches() as batches:
         return next(batches).x_NLD.clone()

@@ -28,13 +28,15 @@ from routesae_cache.saes.registry import build_sae
 from routesae_cache.saes.sae import Sae
 from routesae_cache.whole_files import whole_file
 from stores.json_checksum import json_checksum
-from stores.spec import check_origin
+from stores.spec import StoreSpec, check_origin
 
 CONFIG, METRICS, FAILED = "config.json", "metrics.jsonl", "failed.json"
 WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.safetensors"
 
 MOST = 2**63 - 1
 """Of a seed, and of everything counted."""
+_EXTENDED = ("train_rows", "train_tokens", "exhausted")
+"""Of a store's description: what a harvest that extends the store changes."""
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -69,7 +71,10 @@ class RunConfig:
     store_spec: dict[str, Any]
     """The store's description at the time."""
     mean_square: float
-    """Of the residuals' elements, over the store's train split and the SAE's layers."""
+    """Of the residuals' elements, over the chunks that are read and the SAE's layers."""
+    chunks: int
+    """Of the train split, from its first on, that are read: all, unless the run was begun while a
+    harvest went on."""
     streams: int = 1
     """That the chunks were dealt out to, which the order of the tokens depends on."""
 
@@ -79,7 +84,7 @@ class RunConfig:
             if type(value) not in kinds:
                 raise ValueError(f"{field.name}: expected {kinds[0].__name__}, found {value!r}")
         smallest = dict.fromkeys(("width", "batch_tokens", "epochs", "streams"), 1)
-        smallest |= dict.fromkeys(("seed", "order_seed", "total_steps"), 0)
+        smallest |= dict.fromkeys(("seed", "order_seed", "total_steps", "chunks"), 0)
         for name, least in smallest.items():
             if not least <= (found := getattr(self, name)) <= MOST:
                 raise ValueError(f"{name}: expected from {least} to {MOST}, found {found}")
@@ -103,6 +108,8 @@ class RunConfig:
         if not isinstance(record, Mapping):
             raise RunError(f"expected a JSON object, found {type(record).__name__}")
         record = {"streams": 1, **record}  # not in what was written when there was one alone
+        if "chunks" not in record and "store_spec" in record:  # when all had to be there
+            record["chunks"] = _train_chunks(record["store_spec"])
         if odd := sorted({f.name for f in dataclasses.fields(cls)} ^ set(record)):
             raise RunError(f"missing or unknown keys: {', '.join(odd)}")
         if not isinstance(record["sae"], Mapping):
@@ -113,13 +120,27 @@ class RunConfig:
             raise RunError(str(error)) from error
 
     def differences(self, other: RunConfig) -> list[str]:
-        """What `other` has otherwise, a line each; where the store lies does not count."""
-        mine, theirs = (_flat(c.to_dict(), skip=("store",)) for c in (self, other))
+        """What `other` has otherwise, a line each.
+
+        Where the store lies does not count, nor how large it is beyond the chunks that are read.
+        """
+        grown = [f"store_spec.{name}" for name in _EXTENDED]
+        mine, theirs = (_flat(c.to_dict(), skip=("store", *grown)) for c in (self, other))
         return [
             f"{key}: the run has {mine.get(key)!r}, asked for {theirs.get(key)!r}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
         ]
+
+
+def _train_chunks(store_spec: Any) -> int:
+    """Of the store that a description is of; RunError where it is none."""
+    if not isinstance(store_spec, Mapping):
+        raise RunError(f"store_spec: expected a JSON object, found {store_spec!r}")
+    try:
+        return len(StoreSpec.from_dict(store_spec).split_chunks("train"))
+    except ValueError as error:
+        raise RunError(f"store_spec: {error}") from error
 
 
 def is_plain_name(name: str) -> bool:
@@ -271,10 +292,10 @@ def _flat(
 ) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in record.items():
-        if key in skip:
+        if prefix + key in skip:
             continue
         if isinstance(value, Mapping):
-            flat |= _flat(value, (), f"{prefix}{key}.")
+            flat |= _flat(value, skip, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

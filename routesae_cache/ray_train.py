@@ -69,11 +69,11 @@ def train_on_ray(
         layers = tuple(sorted({layer for sae in asked for layer in sae.layers}))
         groups = _groups(reader, saes, todo, cluster.workers)
         parameters = sum(_parameters(plan.runs[index].sae, reader.spec.width) for index in todo)
-        on_start(
-            TrainStart(len(todo), parameters, start, plan.total_steps, plan.batch_tokens, layers)
-        )
+        on_start(plan.start_of(len(todo), parameters, start, layers))
         # the folders were looked at above; what is in them now is to be gone on with
-        given = dataclasses.replace(config, resume=True, replace_changed=False)
+        given = dataclasses.replace(
+            config, resume=True, replace_changed=False, chunks=len(plan.chunks)
+        )
         make = partial(_Trainer, reader.path, saes, given)
         cluster = dataclasses.replace(cluster, workers=len(groups))
         with pool(cluster, make, describe=partial(_describe, names)) as workers:

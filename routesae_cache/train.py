@@ -13,6 +13,7 @@ from routesae_cache.batches import Batch, BatchConfig, BatchSource, Norm, first_
 from routesae_cache.checkpoint import CONFIG, RunConfig, RunError, read_config
 from routesae_cache.loggers import LogConfig, LoggerError, OpenLogger, prepare_loggers
 from routesae_cache.parallel import ALONE, World
+from routesae_cache.prefix import Extent, chunks_to_read, extent, reader_with
 from routesae_cache.runs import (
     Asked,
     Run,
@@ -51,6 +52,12 @@ class TrainConfig:
     streams: int | None = None
     """That the chunks are dealt out to; each process reads equally many of them. None: as many as
     resumed runs have, otherwise one for each process."""
+    so_far: bool = False
+    """A harvest may be going on: the chunks that are there are enough, up to the first missing one.
+    Resumed runs go on with those that they began with."""
+    chunks: int | None = None
+    """The first so many of the train split are read. None: as many as runs that are there began
+    with, otherwise all, or with `so_far` those there are."""
     device: str = "cpu"
     resume: bool = False
     """Go on with runs that were interrupted, and leave those that have ended or failed alone."""
@@ -63,7 +70,7 @@ class TrainConfig:
     """Loggers beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "tokens", "batch_tokens", "streams", "log_every"):
+        for name in ("epochs", "tokens", "batch_tokens", "streams", "chunks", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
@@ -89,6 +96,10 @@ class TrainStart:
     batch_tokens: int
     layers: tuple[int, ...]
     """Read from the store."""
+    read: Extent
+    """Of the train split."""
+    split: Extent
+    """All of it."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +178,19 @@ def prepare(
     world: World = ALONE,
 ) -> tuple[_Plan, list[OpenLogger]]:
     """What comes before any work of `train`: every error that can be found now is."""
+    asked = [Asked(*each) for each in saes]
+    chunks = world.first(lambda: _chunks(reader, asked, config))
     with world.together():
-        plan = _Plan(reader, [Asked(*each) for each in saes], config, only, world)
+        plan = _Plan(reader_with(reader, chunks), asked, config, chunks, only, world)
         open_loggers = prepare_loggers(config.log, len(plan.runs)) if world.leads else []
     return plan, open_loggers
+
+
+def _chunks(reader: StoreReader, asked: Sequence[Asked], config: TrainConfig) -> int:
+    # runs that may be replaced are to be what they would be if they were begun now
+    names = [] if config.replace_changed else run_names(asked)
+    folders = [config.out / name for name in names]
+    return chunks_to_read(reader, folders, asked=config.chunks, so_far=config.so_far)
 
 
 def _train(
@@ -189,7 +209,8 @@ def _train(
         progress(TrainProgress(step, plan.total_steps, tokens, _states(runs)))
 
     if live:
-        on_start(plan.start_of(live, start))
+        parameters = sum(run.parameters for run in live)
+        on_start(plan.start_of(len(live), parameters, start, plan.stream.layers))
         plan.start_alike(live)
         with plan.source.batches(start) as batches:
             try:
@@ -245,6 +266,7 @@ class _Plan:
         reader: StoreReader,
         asked: Sequence[Asked],
         config: TrainConfig,
+        chunks: int,
         only: Sequence[int] | None,
         world: World,
     ) -> None:
@@ -262,6 +284,7 @@ class _Plan:
         # of all there are: where residuals are normalised shows in the last bits
         norm: Norm = "token" if all(each.sae.norm == "token" for each in asked) else "none"
         self.stream = Stream(layers, norm, config.device)
+        self.chunks = tuple(reader.spec.split_chunks("train")[:chunks])
         everything = BatchConfig(
             layers=layers,
             batch_tokens=config.batch_tokens or 1,
@@ -271,6 +294,7 @@ class _Plan:
             device=config.device,
             streams=self.streams,
             own=tuple(range(self.streams))[world.rank :: world.size],
+            chunks=self.chunks,
         )
         tokens = min(BatchSource(reader, everything).tokens, config.tokens or math.inf)
         self.batch_tokens = config.batch_tokens or _batch_tokens(int(tokens), self.streams)
@@ -361,7 +385,7 @@ class _Plan:
 
     def _run_configs(self, names: Sequence[str], asked: Sequence[Asked]) -> list[RunConfig]:
         spec = self.reader.spec
-        mean_square_L = split_stats(self.reader, "train").mean_square_L
+        mean_square_L = split_stats(self.reader, "train", self.chunks).mean_square_L
         return [
             RunConfig(
                 name=name,
@@ -376,19 +400,25 @@ class _Plan:
                 store=str(self.reader.path),
                 store_spec=spec.to_dict(),
                 mean_square=float(mean_square_L[list(spec.positions(each.sae.layers))].mean()),
+                chunks=len(self.chunks),
                 streams=self.streams,
             )
             for name, each in zip(names, asked, strict=True)
         ]
 
-    def start_of(self, runs: Sequence[Run], step: int) -> TrainStart:
+    def start_of(
+        self, saes: int, parameters: int, step: int, layers: tuple[int, ...]
+    ) -> TrainStart:
+        spec = self.reader.spec
         return TrainStart(
-            saes=len(runs),
-            parameters=sum(run.parameters for run in runs),
+            saes=saes,
+            parameters=parameters,
             step=step,
             total_steps=self.total_steps,
             batch_tokens=self.batch_tokens,
-            layers=self.stream.layers,
+            layers=layers,
+            read=extent(spec, len(self.chunks)),
+            split=extent(spec, len(spec.split_chunks("train"))),
         )
 
     def initialise_biases(self, runs: Sequence[Run]) -> None:
@@ -397,7 +427,13 @@ class _Plan:
             return
         layers, norm, device = self.stream
         sample_NLD = first_tokens(
-            self.reader, layers, "train", _BIAS_SAMPLE, norm=norm, seed=self.config.seed
+            self.reader,
+            layers,
+            "train",
+            _BIAS_SAMPLE,
+            norm=norm,
+            seed=self.config.seed,
+            chunks=self.chunks,
         ).to(device)
         for run in runs:
             run.sae.initialise_bias(run.view(sample_NLD))

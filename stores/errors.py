@@ -42,10 +42,12 @@ class SpecMismatchError(StoreError):
 class IncompleteStoreError(StoreError):
     """Chunks that are needed were never committed."""
 
-    def __init__(self, path: object, missing: int, total: int, split: str) -> None:
+    def __init__(
+        self, path: object, missing: int, total: int, split: str, advice: str = ""
+    ) -> None:
         super().__init__(
             f"{path}: {missing} of {total} chunks of the {split} split are not harvested yet; "
-            "run the same harvest command again, it goes on where it stopped"
+            f"run the same harvest command again, it goes on where it stopped{advice}"
             if total
             else f"{path}: the {split} split has no tokens"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import numpy as np
@@ -56,6 +57,13 @@ class StoreReader:
         if complete and (len(found) < len(wanted) or not found):
             raise IncompleteStoreError(self.path, len(wanted) - len(found), len(wanted), split)
         return found
+
+    def prefix(self, split: Split) -> list[int]:
+        """Committed chunks of a split from its first on, up to the first that is missing.
+
+        Chunks may be committed in any order; while a harvest goes on, this list only grows.
+        """
+        return list(takewhile(set(self.committed).__contains__, self.spec.split_chunks(split)))
 
     def each(self, function: Callable[[int], T], chunks: Iterable[int]) -> Iterator[T]:
         """What a function gives for each chunk, in order; several are read at once if it helps."""

@@ -64,12 +64,15 @@ class StoreStats:
     """NMSE that the codec adds, after per-token normalisation."""
 
 
-def split_stats(reader: StoreReader, split: Split = "all") -> StoreStats:
-    """Add up the statistics of the committed chunks of a split."""
+def split_stats(
+    reader: StoreReader, split: Split = "all", chunks: Sequence[int] | None = None
+) -> StoreStats:
+    """Add up the statistics of some chunks of a split; None: of those that are committed."""
+    chunks = reader.chunks(split, complete=False) if chunks is None else chunks
     shape = (len(reader.spec.layers), reader.spec.width)
     count, sum_LD = 0, np.zeros(shape)
     squares_L, distortion_L = np.zeros(shape[0]), np.zeros(shape[0])
-    for stats in reader.each(reader.stats, reader.chunks(split, complete=False)):
+    for stats in reader.each(reader.stats, chunks):
         count += int(stats.count)
         sum_LD += stats.sum
         squares_L += stats.sum_squares

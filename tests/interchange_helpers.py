@@ -60,6 +60,7 @@ def make_run(folder: Path, sae: SaeConfig, change: Callable[[Sae], None] = lambd
         store=str(folder / "no.zarr"),
         store_spec=SPEC,
         mean_square=MEAN_SQUARE,
+        chunks=1,
     )
     folder.mkdir(parents=True)
     write_json(folder / CONFIG, config.to_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from routesae_cache.saes.sae import Sae
 from routesae_cache.train import TrainConfig, TrainResult, train
 from stores.reader import StoreReader
 from tests.sae_grid import CODERS, SELECTORS
+from tests.store_helpers import chunk_file
 
 STEPS, STOP_AT, FAILS_FROM = 10, 4, 6
 BATCH_TOKENS = 128
@@ -50,6 +52,7 @@ def go(world: World, store: Path, out: Path, **options: Any) -> TrainResult:
         "batch_tokens": BATCH_TOKENS,
         "log_every": 5,
         "lr": 2e-3,
+        "so_far": True,
     }
     asked = [(each, 3) for each in (*SAES, FAILING)]
     config = TrainConfig(out=out, **sizes | options)
@@ -93,9 +96,17 @@ def train_and_keep(world: World, store: Path, folder: Path) -> None:
         return next(steps) == STOP_AT and not world.leads
 
     first = go(world, store, folder / "two", stopped=stopped, checkpoint_seconds=0)
+    world.first(lambda: _commit_the_rest(store))
     second = go(world, store, folder / "two", resume=True)
     report = [first.tokens, second.tokens, [state.status for state in second.runs]]
     torch.save(report, folder / f"results{world.rank}.pt")
+
+
+def _commit_the_rest(store: Path) -> None:
+    reader = StoreReader(store)
+    assert len(reader.prefix("all")) < reader.committed[-1]
+    for chunk in set(range(reader.spec.chunks)) - set(reader.committed):
+        shutil.copy(chunk_file(store, "committed", 0), store / "committed" / "c" / str(chunk))
 
 
 def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

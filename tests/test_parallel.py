@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stores.reader import StoreReader
 from tests.command_helpers import refused, routesae
 from tests.parallel_helpers import BATCH_TOKENS, FAILING, SAES, STEPS, STOP_AT, F, go, pair, work
 from tests.pipeline_helpers import config, run, topk
+from tests.store_helpers import chunk_file
 
 NAMES = run_names([Asked(sae, 3) for sae in (*SAES, FAILING)])
 
@@ -36,10 +38,13 @@ def store(tiny_model_dir: Path, tiny_corpus: Path, tmp_path_factory: Any) -> Pat
 
 @pytest.fixture(scope="module")
 def folder(store: Path, tmp_path_factory: Any) -> Path:
-    """What two processes left, and in `one` what a single one did."""
+    """What two processes left, and in `one` what a single one did, while a harvest went on."""
     path: Path = tmp_path_factory.mktemp("two")
-    go(ALONE, store, path / "one", streams=2)
-    assert launch(work, 2, (store, path)) == Ended(1, -9)
+    growing = path / "s.zarr"
+    shutil.copytree(store, growing)
+    chunk_file(growing, "committed", StoreReader(growing).committed[-3]).unlink()
+    go(ALONE, growing, path / "one", streams=2)
+    assert launch(work, 2, (growing, path)) == Ended(1, -9)
     return path
 
 

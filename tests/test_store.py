@@ -171,6 +171,7 @@ def test_an_incomplete_split_is_an_error(tmp_path: Path) -> None:
     assert reader.committed == [0, 2]
     assert reader.chunks("eval") == [0]
     assert reader.chunks("all", complete=False) == [0, 2]
+    assert [reader.prefix(split) for split in ("eval", "train", "all")] == [[0], [], [0]]
     with pytest.raises(IncompleteStoreError, match="1 of 2 chunks of the train split"):
         reader.chunks("train")
     assert list(reader.verify()) == [(0, None), (2, None)]

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from routesae_cache.checkpoint import RunConfig, RunError, load_run, read_config
+from routesae_cache.prefix import extent
 from routesae_cache.runs import Asked, run_name, run_names
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.sae import Sae
@@ -229,7 +230,8 @@ def test_stopped_between_two_steps(reader: StoreReader, tmp_path: Path) -> None:
     resumed = go(reader, tmp_path / "cut", *saes, resume=True, on_start=starts.append)
     assert resumed.tokens == 23 * 128
     parameters = 2 * (2 * 64 * 32 + 64 + 32) + 3 * 32
-    assert starts == [TrainStart(2, parameters, 7, 30, 128, (1, 2, 3))]
+    split = extent(reader.spec, len(reader.chunks("train")))
+    assert starts == [TrainStart(2, parameters, 7, 30, 128, (1, 2, 3), split, split)]
     for a, b in zip(whole.folders, resumed.folders, strict=True):
         assert_same(a, b)
 

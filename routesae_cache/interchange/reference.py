@@ -84,6 +84,7 @@ def import_reference(config: ImportConfig) -> RunConfig:
     sae_config = _sae_config(config, reader, coder, latents)
     _check_shapes(config, tensors, _shapes(sae_config, reader.spec.width))
     positions = list(reader.spec.positions(sae_config.layers))
+    there = reader.prefix("train")
     run = RunConfig(
         name=config.out.name,
         sae=sae_config,
@@ -96,7 +97,8 @@ def import_reference(config: ImportConfig) -> RunConfig:
         epochs=1,
         store=str(config.store),
         store_spec=reader.spec.to_dict(),
-        mean_square=float(split_stats(reader, "train").mean_square_L[positions].mean()),
+        mean_square=float(split_stats(reader, "train", there).mean_square_L[positions].mean()),
+        chunks=len(there),
     )
     sae = build_sae(sae_config, run.width, SEED)
     load_strictly(sae, sae.state_dict() | _converted(sae_config, tensors), config.file)

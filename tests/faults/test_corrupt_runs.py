@@ -59,6 +59,7 @@ def config(folder: Path) -> RunConfig:
         store="no.zarr",
         store_spec=store_spec(width=WIDTH, layers=(1, 2)).to_dict(),
         mean_square=1.5,
+        chunks=2,
     )
 
 
