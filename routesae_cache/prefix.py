@@ -62,7 +62,7 @@ def chunks_to_read(
     if asked is None and begun and begun < len(wanted):
         logger.info(
             "the runs in %s were begun with the first %d of %d chunks of the train split and keep "
-            "to them",
+            "to them; --replace would train them anew",
             folders[0].parent,
             begun,
             len(wanted),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from routesae_cache.train import TrainConfig, TrainProgress, TrainStart, train
 from stores.reader import StoreReader
 from tests.cluster.conftest import begun, node_of, wait_until
 from tests.pipeline_helpers import config, run, topk
+from tests.store_helpers import chunk_file
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -135,6 +137,34 @@ def test_a_worker_and_a_node_are_killed(
     steps = [state.step for state in seen]
     assert steps[0] == 0
     assert 0 < sorted(steps)[len(steps) // 2] < steps[-1] == started[0].total_steps
+
+
+def test_workers_read_what_the_driver_has_found(
+    cluster: Cluster, reader: StoreReader, tmp_path: Path
+) -> None:
+    """Although a harvest has gone on when they open the store."""
+    store = tmp_path / "s.zarr"
+    shutil.copytree(reader.path, store)
+    marker = chunk_file(store, "committed", reader.spec.chunks // 2)
+    content = marker.read_bytes()
+    marker.unlink()
+
+    def commit(_: TrainStart) -> None:
+        marker.write_bytes(content)
+
+    sizes: dict[str, Any] = {"batch_tokens": 64, "so_far": True}
+    train(StoreReader(store), SAES[:2], TrainConfig(out=tmp_path / "alone", **sizes))
+    result = train_on_ray(
+        StoreReader(store),
+        SAES[:2],
+        TrainConfig(out=tmp_path / "runs", **sizes),
+        cluster=RayConfig(address=cluster.address, workers=1),
+        on_start=commit,
+    )
+    assert StoreReader(store).committed == reader.committed
+    assert [state.status for state in result.runs] == ["done", "done"]
+    one, two = (outcome(tmp_path / name) for name in ("alone", "runs"))
+    assert one == two
 
 
 def test_stopped_and_gone_on_with(cluster: Cluster, reader: StoreReader, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from routesae_cache.checkpoint import CONFIG
 from stores.reader import StoreReader
 from tests.faults.jobs import (
     CODES,
     RUNS,
     STORE,
+    Content,
     Job,
     committed,
     everything,
@@ -22,6 +24,7 @@ from tests.faults.jobs import (
     mining,
     recoding,
     reference,
+    runs,
     training,
 )
 from tests.faults.processes import Command, SignalAtFile, finished, running, wait_until
@@ -120,10 +123,21 @@ def test_two_trainings_read_one_store(home: Path, tmp_path: Path, tally: Tally) 
     tally.add("two at once, readers")
 
 
+def run_names(out: Path) -> list[str]:
+    return sorted(f"{out.name}/{run.name}" for run in out.iterdir() if (run / CONFIG).exists())
+
+
+def without_configs(out: Path) -> Content:
+    """Every file of ended runs but the one that says how large the store was."""
+    return {name: v for name, v in runs(out).items() if not name.endswith(CONFIG)}
+
+
 def test_training_while_a_harvest_extends_the_store(
     home: Path, tiny_model_dir: Path, tiny_corpus: Path, tmp_path: Path, tally: Tally
 ) -> None:
-    """What was opened before stays what it is; what is opened now is told what is missing."""
+    """What was opened before stays what it is; what is opened now is told what is missing, or
+    takes what is there.
+    """
     small, folder = tmp_path / "small", tmp_path / "job"
     small.mkdir()
     finished(small, *harvest_arguments(tiny_model_dir, tiny_corpus, tokens=100))
@@ -135,7 +149,7 @@ def test_training_while_a_harvest_extends_the_store(
     extend = harvest_arguments(tiny_model_dir, tiny_corpus)
     with running(folder, *job.arguments, first=frozen_at(LINES, 5)) as trains:
         wait_for_frozen(trains)
-        stops = frozen_at(r"residuals/2/\w+/c/4/", 2)  # in the middle of a new chunk
+        stops = frozen_at(r"residuals/2/\w+/c/3/", 2)  # in the middle of the first new chunk
         with running(folder, *extend, first=stops, log=tmp_path / "extends") as extends:
             wait_for_frozen(extends)
             for each in (reader, StoreReader(folder / STORE)):
@@ -145,14 +159,30 @@ def test_training_while_a_harvest_extends_the_store(
             late = [*job.arguments[:3], "--out", "late"]
             with running(folder, *late, log=tmp_path / "late") as refused:
                 assert refused.code() == 2, refused.output()
-                assert "are not harvested yet" in refused.output()
+                assert "3 of 5 chunks of the train split are not harvested" in refused.output()
+                assert "the first 2 alone with --so-far" in refused.output()
             assert not (folder / "late").exists()
+            finished(folder, *late, "--so-far")
+            assert without_configs(folder / "late") == without_configs(small / RUNS)
+            cut = [*job.arguments[:3], "--out", "cut"]
+            killed = SignalAtFile(LINES, 5)
+            with running(folder, *cut, "--so-far", first=killed, log=tmp_path / "cut") as begun:
+                assert begun.code() == -signal.SIGKILL
+                assert "the first 2 of 5 chunks" in begun.output()
+            with running(folder, "store", "info", STORE, log=tmp_path / "info") as info:
+                assert info.code() == 0
+                assert "3 of 6 chunks: eval 1 of 1, train 2 of 5" in info.output()
+            evaluate = ["evaluate", STORE, *run_names(folder / "late"), "--json"]
+            finished(folder, *evaluate, "during.json")
             trains.kill(signal.SIGCONT)
             assert trains.code() == 0, trains.output()
             extends.kill(signal.SIGCONT)
             assert extends.code() == 0, extends.output()
     assert job.result(folder) == expected
     assert everything(folder / STORE) == everything(home / STORE)
-    with running(folder, *late) as trains:
-        assert trains.code() == 0, trains.output()
+    finished(folder, *cut, "--resume")
+    assert without_configs(folder / "cut") == without_configs(small / RUNS)
+    finished(folder, *evaluate, "after.json")
+    assert (folder / "during.json").read_bytes() == (folder / "after.json").read_bytes()
+    finished(folder, *job.arguments[:3], "--out", "after")
     tally.add("two at once, training beside a harvest")
