@@ -75,11 +75,11 @@ def _committed(facts: dict[str, Any]) -> str:
     text = f"{facts['committed_chunks']} of {facts['chunks']} chunks"
     if facts["committed_chunks"] == facts["chunks"]:
         return text
-    train, test = (facts["splits"][name] for name in ("train", "eval"))
-    text += f": eval {test['committed']} of {test['chunks']}, "
-    text += f"train {train['committed']} of {train['chunks']}"
-    if train["so_far"] < train["committed"]:
-        text += f", the first {train['so_far']} without a gap"
+    splits = facts["splits"]
+    parts = (f"{name} {each['committed']} of {each['chunks']}" for name, each in splits.items())
+    text += ": " + ", ".join(parts)
+    if splits["train"]["so_far"] < splits["train"]["committed"]:
+        text += f", the first {splits['train']['so_far']} without a gap"
     return text
 
 

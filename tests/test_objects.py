@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 
+from routesae_cache.train import TrainConfig, train
 from stores import leases, objects
+from stores.cache import CachedPlace
 from stores.codecs import Int8Codec
 from stores.copy import copy_store
 from stores.errors import (
@@ -32,6 +35,7 @@ from stores.recode import recode
 from stores.writer import StoreWriter
 from tests.command_helpers import refused, routesae
 from tests.object_server import BUCKET, CREDENTIALS, ObjectServer, object_server
+from tests.pipeline_helpers import topk
 from tests.store_helpers import (
     chunk_file,
     encoded_chunk,
@@ -90,6 +94,28 @@ def test_the_same_bytes_as_on_a_disk(place: objects.ObjectPlace, tmp_path: Path)
     group = zarr.open_group(place.zarr_store(), mode="r")
     np.testing.assert_array_equal(group["tokens"][3:6], token_rows(spec, 1).tokens_RT)
     assert pickle.loads(pickle.dumps(place)) == place
+
+
+def test_training_while_a_harvest_fills_the_store(
+    place: objects.ObjectPlace, tmp_path: Path
+) -> None:
+    """From local copies, too: what is not committed is not kept."""
+    spec = store_spec(layers=(2,), train_rows=12)
+    small = fill_store(tmp_path / "s.zarr", grown(spec, 6))
+    fill_store(place, spec, chunks=(0, 1, 2, 4))
+    cached = CachedPlace(place, tmp_path / "cache", 1)
+    sae = topk((2,), latents=16, norm="scalar")
+
+    def go(reader: StoreReader, out: str, **options: Any) -> Path:
+        stopped = options.pop("stopped", lambda: False)
+        wanted = TrainConfig(out=tmp_path / out, batch_tokens=4, epochs=2, **options)
+        (folder,) = train(reader, [(sae, 3)], wanted, stopped=stopped).folders
+        return folder / "sae.safetensors"
+
+    assert not go(StoreReader(cached), "cut", so_far=True, stopped=lambda: True).exists()
+    fill_store(place, spec)
+    resumed = go(StoreReader(cached), "cut", resume=True)
+    assert resumed.read_bytes() == go(small, "whole").read_bytes()
 
 
 def test_what_is_read_is_asked_for_at_once(
