@@ -19,8 +19,11 @@ from cli.options import (
     EndpointUrl,
     GpusPerWorker,
     Ray,
+    Revision,
     StoreArgument,
+    TrustRemoteCode,
     Workers,
+    chosen_model,
     pick_device,
     ray_config,
 )
@@ -70,6 +73,8 @@ def contexts(
     model: Annotated[
         str | None, typer.Option(help="Where the store's model is now  \\[default: its name there]")
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens at a time.")] = 2048,
     device: Device = "auto",
     endpoint_url: EndpointUrl = None,
@@ -95,7 +100,7 @@ def contexts(
             min_contexts=min_contexts,
             max_token_types=max_token_types,
             delphi=other_format is FormatKind.delphi,
-            model=model,
+            model=chosen_model(model, revision, trust_remote_code),
             batch_tokens=batch_tokens,
             device=cluster.device if cluster else pick_device(device),
         )

@@ -18,8 +18,11 @@ from cli.options import (
     EndpointUrl,
     GpusPerWorker,
     Ray,
+    Revision,
     StoreArgument,
+    TrustRemoteCode,
     Workers,
+    chosen_model,
     pick_device,
     ray_config,
 )
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from routesae_cache.evaluate import EvaluateConfig
     from routesae_cache.metrics import Spliced
     from routesae_cache.ray_cluster import RayConfig
+    from routesae_cache.sources import ModelSource
     from routesae_cache.splicing.evaluate import SplicedConfig
     from routesae_cache.trained import TrainedSae
     from stores.reader import StoreReader
@@ -82,6 +86,8 @@ def evaluate(
         str | None,
         typer.Option(help="--spliced: where the store's model is now  \\[default: its name there]"),
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     rows: Annotated[
         int | None, typer.Option(help="--spliced: rows of the split to read  \\[default: all]")
     ] = None,
@@ -137,7 +143,8 @@ def evaluate(
             routing_tokens=routing_tokens,
             device=pick_device(device),
         )
-        asked = {"model": model, "rows": rows, "ablation": ablation}
+        asked = {"model": model, "rows": rows, "ablation": ablation, "revision": revision}
+        asked |= {"trust-remote-code": trust_remote_code or None}
         asked |= {"splice_scale": splice_scale, "at_layer": at_layer}
         asked |= {"skip_refused": skip_refused or None, "ray": ray}
         splicing = _splice_config(spliced, config, asked)
@@ -147,7 +154,8 @@ def evaluate(
     picked = [sae for sae in saes if sae.run in chosen]
     found: list[Spliced] = []
     if splicing and picked:
-        found = _splice(reader, picked, splicing, model, config.device, cluster)
+        source = chosen_model(model, revision, trust_remote_code)
+        found = _splice(reader, picked, splicing, source, config.device, cluster)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
     with bar("Evaluating") as update:
@@ -178,7 +186,7 @@ def _splice(
     reader: StoreReader,
     saes: Sequence[TrainedSae],
     splicing: SplicedConfig,
-    model: str | None,
+    model: str | ModelSource | None,
     device: str,
     cluster: RayConfig | None,
 ) -> list[Spliced]:

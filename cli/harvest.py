@@ -23,10 +23,13 @@ from cli.options import (
     GpusPerWorker,
     KeyframeEvery,
     Ray,
+    Revision,
     Seed,
     Step,
+    TrustRemoteCode,
     Workers,
     build_codec,
+    chosen_model,
     ray_config,
 )
 
@@ -77,7 +80,8 @@ def harvest(
     dtype: Annotated[
         DtypeKind, typer.Option(help="Of the model's forward pass.")
     ] = DtypeKind.bfloat16,
-    revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     attention: Annotated[
         str | None, typer.Option(help="Attention implementation of transformers: sdpa, eager, …")
     ] = None,
@@ -116,7 +120,7 @@ def harvest(
         share = None if worker is None else Share.parse(worker)
         plan = plan_harvest(
             HarvestConfig(
-                model=model,
+                model=chosen_model(model, revision, trust_remote_code),
                 dataset=dataset,
                 out=as_place(target),  # with the endpoint, for workers elsewhere
                 tokens=tokens,
@@ -129,7 +133,6 @@ def harvest(
                 split=split,
                 seed=seed,
                 dtype=dtype.value,
-                revision=revision,
                 attention=attention,
                 device=cluster.device if cluster else device,
                 batch_rows=batch_rows,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from routesae_cache.ray_cluster import RayConfig
+    from routesae_cache.sources import ModelSource
     from stores.codecs import ResidualCodec
     from stores.place import Place
+
+Name = TypeVar("Name", str, str | None)
 
 
 class CodecKind(StrEnum):
@@ -57,6 +60,15 @@ KeyframeEvery = Annotated[
     typer.Option(help="delta: layers between keyframes; 0: the first alone  \\[default: 0]"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Revision = Annotated[str | None, typer.Option(help="Commit of a hub model that --model names.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code that comes with the model that --model names: it can do whatever you "
+        "can. Read it first, and choose its --revision.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Ray = Annotated[
     str | None,
@@ -78,6 +90,23 @@ def build_codec(kind: CodecKind, step: float | None, keyframe_every: int | None)
         names = " and ".join(f"--{name.replace('_', '-')}" for name in parameters)
         raise ValueError(f"{names} belongs to --codec delta, not to {kind.value}; leave it out")
     return codec_from_dict({"kind": kind.value, **parameters})
+
+
+def chosen_model(model: Name, revision: str | None, trust_remote_code: bool) -> Name | ModelSource:
+    """The model that the options choose; ValueError where they are about one that none names.
+
+    Whose code is run is never up to a store, which may be by others: neither model nor revision.
+    """
+    if revision is None and not trust_remote_code:
+        return model
+    if model is None:
+        option = "--trust-remote-code" if trust_remote_code else "--revision"
+        raise ValueError(f"{option} is about the model that --model names; add --model")
+    from routesae_cache.lm import with_own_code
+    from routesae_cache.sources import resolve_model
+
+    source = resolve_model(model, revision=revision)
+    return with_own_code(source) if trust_remote_code else source
 
 
 def pick_device(name: str) -> str:

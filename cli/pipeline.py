@@ -203,13 +203,22 @@ class _Stages:
         return outcome if isinstance(outcome, list) else []
 
     def _given(self, stage: Stage) -> Iterator[str]:
-        """The options that the file has for a stage, as words, and where a local model is."""
+        """The options that the file has for a stage, as words, and the harvest's model.
+
+        That is given where the store is not to say which it is: a local one has to be found, and
+        whose code is run is the file's to say.
+        """
         known = {parameter.name: parameter for parameter in _command(stage).params}
         options = dict(self.experiment.options[stage])
-        model = self.experiment.options["harvest"].get("model")
+        harvested = self.experiment.options["harvest"]
+        model, trusted = harvested.get("model"), harvested.get("trust_remote_code") is True
         loads_it = stage in ("contexts", "report") or bool(options.get("spliced"))
-        if loads_it and isinstance(model, str) and Path(model).expanduser().exists():
-            options.setdefault("model", model)
+        if loads_it and "model" not in options and isinstance(model, str):
+            if trusted:
+                same = ("model", "revision", "trust_remote_code")
+                options = {name: harvested[name] for name in same if name in harvested} | options
+            elif Path(model).expanduser().exists():
+                options["model"] = model
         if options.get("spliced"):
             options.setdefault("skip_refused", True)
         for name, value in options.items():
@@ -287,14 +296,16 @@ def _show_plan(stages: _Stages, chosen: Sequence[Stage], forced: Sequence[Stage]
 
 
 def _show_forecast(stages: _Stages) -> None:
-    from cli.options import build_codec
+    from cli.options import build_codec, chosen_model
     from routesae_cache.forecast import forecast
 
     with err.status("Estimating"):
         harvest = stages.parsed("harvest", stages.arguments("harvest", []))
         sweep = stages.experiment.sweep
-        named = ("model", "tokens", "eval_tokens", "layers", "context", "device")
+        named = ("tokens", "eval_tokens", "layers", "context", "device")
+        model = (harvest[name] for name in ("model", "revision", "trust_remote_code"))
         expected = forecast(
+            model=chosen_model(*model),
             **{name: harvest[name] for name in named},
             dtype=str(harvest["dtype"]),
             codec=build_codec(harvest["codec"], harvest["step"], harvest["keyframe_every"]),

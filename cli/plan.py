@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import err, layer_list, out
-from cli.options import Codec, CodecKind, KeyframeEvery, Step, build_codec
+from cli.options import (
+    Codec,
+    CodecKind,
+    KeyframeEvery,
+    Revision,
+    Step,
+    TrustRemoteCode,
+    build_codec,
+    chosen_model,
+)
 
 if TYPE_CHECKING:
     from routesae_cache.plan import Setting
@@ -19,6 +28,8 @@ def plan(
     model: Annotated[
         str, typer.Option(help="Preset, hub id, local folder or .gguf file.")
     ] = "llama-3.1-8b",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     tokens: Annotated[float, typer.Option(help="Tokens to train on, such as 1e9.")] = 1e9,
     eval_tokens: Annotated[float, typer.Option(help="Tokens held out for evaluation.")] = 0,
     layers: Annotated[str, typer.Option(help="auto (n/4 to 3n/4), all, 7-22, or 4,8,12.")] = "auto",
@@ -67,7 +78,7 @@ def plan(
         from routesae_cache.saes.registry import parse_saes
 
         given = _given(rates_file, rate or (), model_tokens_per_second)
-        sizes = model_sizes(model)
+        sizes = model_sizes(chosen_model(model, revision, trust_remote_code))
         kept = parse_layers(layers, sizes.n_layers)
         auto = default_layer(sizes.n_layers)
         specs = parse_saes(sae or ["routesae:k=64"], options={}, preset="default")

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from cli.console import bar, err, out, size, styled
-from cli.options import Device, EndpointUrl, pick_device
+from cli.options import (
+    Device,
+    EndpointUrl,
+    Revision,
+    TrustRemoteCode,
+    chosen_model,
+    pick_device,
+)
 
 
 def report(
@@ -27,6 +34,8 @@ def report(
         str | None,
         typer.Option(help="Where the store's model is.  \\[default: the name the store has]"),
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     store: Annotated[
         str | None,
         typer.Option(help="The store, a path or a URL.  \\[default: where the runs say it is]"),
@@ -43,7 +52,7 @@ def report(
             out=out_path,
             assets=assets,
             latents=latents,
-            model=model,
+            model=chosen_model(model, revision, trust_remote_code),
             store=store,
             device=pick_device(device),
         )

@@ -12,7 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.console import bar, err, out, visible
-from cli.options import Device, EndpointUrl, Seed, pick_device
+from cli.options import (
+    Device,
+    EndpointUrl,
+    Revision,
+    Seed,
+    TrustRemoteCode,
+    chosen_model,
+    pick_device,
+)
 
 if TYPE_CHECKING:
     from routesae_cache.steering.changes import ChangeKind, LatentChange
@@ -56,6 +64,8 @@ def steer(
     model: Annotated[
         str | None, typer.Option(help="Where the store's model is now  \\[default: its name there]")
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     endpoint_url: EndpointUrl = None,
 ) -> None:
@@ -84,8 +94,9 @@ def steer(
     with err.status("Loading the model"):
         from routesae_cache.origin import origin_lm, origin_tokenizer
 
-        tokenizer = origin_tokenizer(spec, model=model)
-        lm = origin_lm(spec, model=model, device=where)
+        source = chosen_model(model, revision, trust_remote_code)
+        tokenizer = origin_tokenizer(spec, model=source)
+        lm = origin_lm(spec, model=source, device=where)
         if json_path is not None:
             json_path.parent.mkdir(parents=True, exist_ok=True)
     with bar("Generating") as update:

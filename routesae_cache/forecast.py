@@ -12,7 +12,7 @@ from routesae_cache.lm import block_parameters, model_shape
 from routesae_cache.presets import MODELS, ModelSizes
 from routesae_cache.saes.cost import training_multiply_adds
 from routesae_cache.saes.registry import SaeSpec
-from routesae_cache.sources import resolve_model
+from routesae_cache.sources import ModelSource, resolve_model
 from stores.codecs import ResidualCodec
 
 
@@ -28,7 +28,7 @@ class Forecast:
 
 def forecast(
     *,
-    model: str,
+    model: str | ModelSource,
     tokens: int,
     eval_tokens: int,
     layers: str,
@@ -66,9 +66,9 @@ def forecast(
     )
 
 
-def model_sizes(model: str) -> ModelSizes:
+def model_sizes(model: str | ModelSource) -> ModelSizes:
     """A preset's sizes; another model's from its configuration. ValueError where there is none."""
-    if model in MODELS:
+    if isinstance(model, str) and model in MODELS:
         return MODELS[model].sizes
     source = resolve_model(model)
     shape = model_shape(source)

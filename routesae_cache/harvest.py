@@ -147,6 +147,7 @@ def _fill_rows(
 ) -> None:
     """Write the token rows that are missing, after comparing those that are there."""
     spec, config = writer.spec, plan.config
+    assert plan.tokenizer is not None  # where there is text, there is one
     stored = StoreReader(writer.path)
     stream = rows(text.documents(), plan.tokenizer, context=config.context, packing=config.packing)
     grown = dataclasses.replace(spec, eval_rows=0, train_rows=0, eval_tokens=0, train_tokens=0)

@@ -37,7 +37,7 @@ _UNKNOWN = "not known before the model is loaded"
 class HarvestConfig:
     """What to harvest, and to where."""
 
-    model: str
+    model: str | ModelSource
     dataset: str
     out: Where
     """A path or a URL."""
@@ -54,6 +54,7 @@ class HarvestConfig:
     seed: int = 42
     dtype: Dtype = "bfloat16"
     revision: str | None = None
+    """Of a model that is given by its name."""
     attention: str | None = None
     device: str = "auto"
     batch_rows: int | None = None
@@ -79,7 +80,8 @@ class HarvestPlan:
 
     config: HarvestConfig
     model: ModelSource
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None for workers elsewhere, which write no token rows and may not know its class."""
     text: TextSource | None
     """None where the store already has all token rows it is to have."""
     spec: StoreSpec

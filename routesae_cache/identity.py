@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ class ModelIdentity:
     revision: str | None
     """The hub's commit, where it is known."""
     config_hash: str
-    """sha256 of the configuration as it was saved."""
+    """sha256 of the configuration as it was saved, and of code that came with it."""
     weights: str
     """sha256 of a sample of every weight."""
     dtype: str
@@ -40,10 +41,16 @@ class ModelIdentity:
         return cls(**fields)
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """sha256 of a configuration's canonical JSON, without what varies from save to save."""
+def config_hash(config: Mapping[str, Any], code: Iterable[Path] = ()) -> str:
+    """sha256 of a configuration's canonical JSON, without what varies from save to save.
+
+    `code`: source files that decide, too, what the model computes; wherever they are.
+    """
     canonical = json.dumps(_stable(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    digest = hashlib.sha256(canonical.encode())
+    for file in sorted(code, key=lambda file: file.name):
+        digest.update(f"\n{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -7,8 +7,10 @@ embedding) and a model of n blocks has the layers 0 … n. It is the index of Hu
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import io
+import json
 import logging
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +23,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import (
+    get_class_from_dynamic_module,
+    get_relative_import_files,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from routesae_cache.gguf import converted
 from routesae_cache.hub import hub_errors
@@ -41,6 +49,7 @@ __all__ = [
     "pretrained",
     "quiet",
     "resolve_model",
+    "with_own_code",
 ]
 
 logger = logging.getLogger(__name__)
@@ -142,7 +151,8 @@ class LanguageModel:
         Raises:
             ModelError: if the model keeps no keys and values of earlier tokens.
         """
-        if "past_key_values" not in inspect.signature(self.model.forward).parameters:
+        known = inspect.signature(self.model.forward).parameters
+        if "past_key_values" not in known:
             raise ModelError(
                 f"{type(self.model).__name__} keeps no cache of keys and values; expected a model "
                 "that does, to continue a text token by token"
@@ -152,7 +162,7 @@ class LanguageModel:
                 ids_RT.to(self.device, torch.long),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **({"logits_to_keep": 1} if "logits_to_keep" in known else {}),
             )
         return output.logits[:, -1], output.past_key_values
 
@@ -169,7 +179,8 @@ class LanguageModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """The tokens after which generation ends, by the model's generation configuration."""
-        ids = self.model.generation_config.eos_token_id
+        configuration = self.model.generation_config or self.model.config
+        ids = getattr(configuration, "eos_token_id", None)
         return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
 
     def check_layers(self, layers: Iterable[int]) -> None:
@@ -246,11 +257,11 @@ def load_lm(
     """Load a decoder-only model by preset, hub id, folder or `.gguf` file.
 
     `attention` is one of transformers' implementations (`sdpa`, `eager`, ...). A GGUF file is
-    converted to float32 safetensors once. Code that comes with a model is never run. Raises what
-    `resolve_model` does, and ModelError where a tensor is missing, damaged or of another shape,
-    and where the model is not causal.
+    converted to float32 safetensors once. Code that comes with a model is run for a source of
+    `with_own_code` alone. Raises what `resolve_model` does, and ModelError where a tensor is
+    missing, damaged or of another shape, and where the model is not causal.
     """
-    source = resolve_model(name, revision=revision) if isinstance(name, str) else name
+    source = resolve_model(name, revision=revision)
     where = pretrained(source)
     with loading(source):
         raw_config, _ = transformers.PreTrainedConfig.get_config_dict(**where)
@@ -279,7 +290,7 @@ def load_lm(
     identity = ModelIdentity(
         name=source.name,
         revision=source.revision or getattr(config, "_commit_hash", None),
-        config_hash=config_hash(raw_config),
+        config_hash=config_hash(raw_config, _own_code(model)),
         weights=weights_hash(model),
         dtype=dtype,
     )
@@ -302,7 +313,11 @@ def block_parameters(source: ModelSource) -> int:
     where = pretrained(source)
     with loading(source), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(**where)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+        if source.own_code and own:
+            model = get_class_from_dynamic_module(own, **where)(config)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     blocks = _decoder_blocks(model, _shape(config).n_layers)
     return max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
@@ -316,8 +331,38 @@ def pretrained(source: ModelSource) -> dict[str, Any]:
         "pretrained_model_name_or_path": location,
         "revision": source.revision or "main",
         "local_files_only": source.cached_only,
-        "trust_remote_code": False,
+        "trust_remote_code": source.own_code,
     }
+
+
+def with_own_code(source: ModelSource) -> ModelSource:
+    """Allow the code that comes with a model to be run, and warn of it; without any, no change.
+
+    Raises what `load_lm` does for files that are not there, and ModelError where the code is that
+    of another repository, which `source` does not name and whose revision nobody has chosen.
+    """
+    if source.kind == "gguf":
+        return source
+    where = pretrained(source)
+    with loading(source):
+        config, _ = transformers.PreTrainedConfig.get_config_dict(**where)
+        maps = [config.get("auto_map"), get_tokenizer_config(**where).get("auto_map")]
+    if not any(maps):
+        return source
+    if "--" in (classes := json.dumps(maps)):
+        raise ModelError(
+            f"the code of {source.name!r} is in another repository ({classes}); expected code "
+            "beside the model: download both into one folder, read the code, and take the "
+            "repository and -- out of auto_map in config.json and tokenizer_config.json"
+        )
+    at = f", revision {source.revision or 'main'}" if source.kind == "hub" else ""
+    logger.warning(
+        "Running the code that comes with the model %s (%s%s): it can do whatever you can",
+        source.name,
+        source.location,
+        at,
+    )
+    return dataclasses.replace(source, own_code=True)
 
 
 @contextlib.contextmanager
@@ -335,9 +380,12 @@ def loading(source: ModelSource) -> Iterator[None]:
             if "trust_remote_code" not in str(error):
                 raise
             raise ModelError(
-                f"{source.name!r} comes with code of its own, which is never run here; expected "
-                "an architecture that transformers has"
+                f"{source.name!r} comes with code of its own, which is not run unless asked for: "
+                "read it, then name the model and add --trust-remote-code, of a hub model with "
+                "--revision and the commit that you read"
             ) from error
+        except ImportError as error:
+            raise ModelError(f"{source.name!r} cannot be loaded here: {error}") from error
 
 
 @contextlib.contextmanager
@@ -376,14 +424,30 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
+def _own_code(model: Any) -> set[Path]:
+    """The files of a model's and its configuration's classes, if they came with it."""
+    files = {
+        Path(inspect.getfile(of))
+        for of in (type(model), type(model.config))
+        if of.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+    }
+    return files | {Path(used) for file in files for used in get_relative_import_files(file)}
+
+
 def _shape(config: Any) -> ModelShape:
     text = config.get_text_config()
-    return ModelShape(
-        n_layers=text.num_hidden_layers,
-        width=text.hidden_size,
-        vocab_size=text.vocab_size,
-        context_limit=getattr(text, "max_position_embeddings", None),
-    )
+    try:
+        return ModelShape(
+            n_layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            vocab_size=text.vocab_size,
+            context_limit=getattr(text, "max_position_embeddings", None),
+        )
+    except AttributeError as error:  # of a class that came with the model
+        raise ModelError(
+            f"the configuration ({type(text).__name__}) has no {error.name}; expected "
+            "num_hidden_layers, hidden_size and vocab_size"
+        ) from error
 
 
 def _decoder_blocks(model: Any, n_layers: int) -> nn.ModuleList:

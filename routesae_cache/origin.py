@@ -14,12 +14,15 @@ from stores.spec import StoreSpec
 _SAME = ("config_hash", "weights", "dtype")
 
 
-def origin_lm(spec: StoreSpec, *, model: str | None = None, device: str = "cpu") -> LanguageModel:
+def origin_lm(
+    spec: StoreSpec, *, model: str | ModelSource | None = None, device: str = "cpu"
+) -> LanguageModel:
     """Load the model that a store's residuals came from, in the dtype of its forward pass.
 
     Args:
         model: where it is now, as `load_lm` takes it; by default the name the store has. A local
-            folder is recorded by its last part alone, and has to be given.
+            folder is recorded by its last part alone, and has to be given, and so has one whose
+            own code may be run: a store does not decide on that.
 
     Raises:
         ModelError: if there is no such model, or it is another one.
@@ -39,7 +42,7 @@ def origin_lm(spec: StoreSpec, *, model: str | None = None, device: str = "cpu")
     return lm
 
 
-def origin_tokenizer(spec: StoreSpec, *, model: str | None = None) -> Tokenizer:
+def origin_tokenizer(spec: StoreSpec, *, model: str | ModelSource | None = None) -> Tokenizer:
     """Load the tokenizer that a store's tokens came from; as `origin_lm`."""
     with _hint(spec, model):
         source = _source(spec, model)
@@ -50,14 +53,14 @@ def origin_tokenizer(spec: StoreSpec, *, model: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def _source(spec: StoreSpec, model: str | None) -> ModelSource:
+def _source(spec: StoreSpec, model: str | ModelSource | None) -> ModelSource:
     if model is not None:
         return resolve_model(model)
     return resolve_model(spec.model["name"], revision=spec.model.get("revision"))
 
 
 @contextmanager
-def _hint(spec: StoreSpec, model: str | None) -> Iterator[None]:
+def _hint(spec: StoreSpec, model: str | ModelSource | None) -> Iterator[None]:
     """Say what to do where the name in the store is not enough."""
     try:
         yield

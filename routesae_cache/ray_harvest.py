@@ -64,7 +64,8 @@ def harvest_on_ray(
     whichever worker it was found by, and ValueError where workers only die.
     """
     plan.check_disk()
-    make = partial(_Filler, dataclasses.replace(plan, text=None))  # of no use to the workers
+    # of no use to the workers
+    make = partial(_Filler, dataclasses.replace(plan, text=None, tokenizer=None))
     with pool(config, make, describe=_describe, ahead=_AHEAD) as workers:
         start = time.monotonic()
 

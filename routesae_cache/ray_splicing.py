@@ -14,6 +14,7 @@ from routesae_cache.origin import origin_lm
 from routesae_cache.ray_actor import Worker
 from routesae_cache.ray_cluster import RayConfig
 from routesae_cache.ray_pool import pool
+from routesae_cache.sources import ModelSource
 from routesae_cache.splicing.evaluate import (
     RowsSums,
     SplicedConfig,
@@ -32,7 +33,7 @@ _Found = list[list[RowsSums]]
 
 def splice_on_ray(
     reader: StoreReader,
-    model: str | None,
+    model: str | ModelSource | None,
     saes: Sequence[TrainedSae],
     config: SplicedConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -77,7 +78,7 @@ class _Splicer(Worker[ChunkRows, _Found]):
     def __init__(
         self,
         store: Place,
-        model: str | None,
+        model: str | ModelSource | None,
         rules: Sequence[tuple[Path, ReadingRule]],
         config: SplicedConfig,
         device: str,

@@ -27,15 +27,20 @@ class ModelSource:
     """The hub's commit, or what was asked for where the hub could not be reached."""
     cached_only: bool = False
     """The hub could not be reached; what was downloaded before may still do."""
+    own_code: bool = False
+    """The code that comes with it may be run; `with_own_code` alone says so."""
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
+def resolve_model(name: str | ModelSource, *, revision: str | None = None) -> ModelSource:
     """Find the preset, folder, `.gguf` file or hub id that a name stands for.
 
+    What was found before is returned as it is.
     UnknownNameError or MissingWheelError for a name that stands for nothing here; ModelError for
     a path without a model, and for a model the hub does not have or does not let one have. A hub
     that cannot be reached is no error yet: the model may have been downloaded before.
     """
+    if isinstance(name, ModelSource):
+        return name
     if name in MODELS:
         source = MODELS[name].source
         if isinstance(source, str):

@@ -82,7 +82,7 @@ def load_tokenizer(name: str | ModelSource) -> Tokenizer:
     Raises what `resolve_model` does, and ModelError for a tokenizer without a fast version, or
     with nothing to put between documents.
     """
-    source = resolve_model(name) if isinstance(name, str) else name
+    source = resolve_model(name)
     where = pretrained(source)
     with loading(source):
         hf = transformers.AutoTokenizer.from_pretrained(**where)

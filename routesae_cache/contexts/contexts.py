@@ -27,6 +27,7 @@ from routesae_cache.contexts.records import (
 from routesae_cache.contexts.text import StoreText
 from routesae_cache.origin import origin_tokenizer
 from routesae_cache.sole_use import sole_use
+from routesae_cache.sources import ModelSource
 from routesae_cache.trained import Residuals, TrainedSae, layers_read
 from stores.reader import StoreReader
 from stores.spec import Split
@@ -60,7 +61,7 @@ class ContextsConfig:
     """That activate an interpretable latent."""
     delphi: bool = False
     """Write delphi's latent cache, too."""
-    model: str | None = None
+    model: str | ModelSource | None = None
     """Where the store's model is now, for its tokenizer; None: where it was."""
     batch_tokens: int = 2048
     device: str = "cpu"

@@ -28,6 +28,7 @@ from routesae_cache.report.plot_data import PlotData
 from routesae_cache.report.plots import build_plots
 from routesae_cache.report.table import ARCHITECTURES, Missing, architecture, build_table
 from routesae_cache.report.text import Segments, Stretch, Strings, TokenText
+from routesae_cache.sources import ModelSource
 from routesae_cache.trained import TrainedSae
 from routesae_cache.whole_files import whole_file
 from stores.places import Where
@@ -55,7 +56,7 @@ class ReportConfig:
     """A folder for every plot as a picture and every table as a file."""
     latents: int = 8000
     """The most latents that the browser shows, over all SAEs."""
-    model: str | None = None
+    model: str | ModelSource | None = None
     """Where the store's model is; by default the name the store has."""
     store: Where | None = None
     """By default where the runs say that it is."""

@@ -12,7 +12,7 @@ from routesae_cache.origin import origin_lm, origin_tokenizer
 from routesae_cache.report.discover import FoundRun
 from routesae_cache.report.table import Missing
 from routesae_cache.report.text import TokenText
-from routesae_cache.sources import ModelError
+from routesae_cache.sources import ModelError, ModelSource
 from stores.errors import StoreError
 from stores.place import Place
 from stores.places import Where, find_place
@@ -50,7 +50,7 @@ def open_store(given: Where | None, root: Path, runs: Sequence[FoundRun]) -> Sto
 
 
 def open_text(
-    reader: StoreReader | None, model: str | None, missing: list[Missing]
+    reader: StoreReader | None, model: str | ModelSource | None, missing: list[Missing]
 ) -> TokenText | None:
     """The store's tokenizer; where it is not at hand, `missing` is told.
 
@@ -70,7 +70,7 @@ def open_text(
 
 
 def open_model(
-    reader: StoreReader, model: str | None, device: str, missing: list[Missing]
+    reader: StoreReader, model: str | ModelSource | None, device: str, missing: list[Missing]
 ) -> LanguageModel | None:
     """The store's model, for its output embedding; otherwise as `open_text`."""
     try:

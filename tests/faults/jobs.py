@@ -25,7 +25,7 @@ CODES = r"residuals/\d/(low|high|codes)/c/"
 """Matches the files with a store's residuals."""
 _WEIGHTS = "/sae.safetensors"
 
-_SWEEP = """
+SWEEP_TABLES = """
 [train]
 latents = 64
 k = 4
@@ -36,7 +36,7 @@ checkpoint_seconds = 0.001
 [[sae]]
 sae = ["routesae", "topk"]
 """
-_EXPERIMENT = """
+EXPERIMENT = """
 out = "out"
 [harvest]
 model = "{model}"
@@ -95,7 +95,7 @@ def training(source: Path, *, epochs: int = 12) -> Job:
         arguments,
         lambda f: runs(f / RUNS),
         lambda f: {k: v for k, v in everything(f / RUNS).items() if k.endswith(_WEIGHTS)},
-        partial(_write, SWEEP, _SWEEP.format(epochs=epochs)),
+        partial(_write, SWEEP, SWEEP_TABLES.format(epochs=epochs)),
     )
 
 
@@ -112,7 +112,7 @@ def mining(source: Path, model: Path, trained: Path) -> Job:
 
 
 def experimenting(model: Path, corpus: Path) -> Job:
-    text = _EXPERIMENT.format(model=model, dataset=corpus) + _SWEEP.format(epochs=4)
+    text = EXPERIMENT.format(model=model, dataset=corpus) + SWEEP_TABLES.format(epochs=4)
     return Job(
         ["pipeline", "e.toml"],
         lambda f: experiment(f / "out"),
