@@ -355,12 +355,14 @@ def with_own_code(source: ModelSource) -> ModelSource:
             "beside the model: download both into one folder, read the code, and take the "
             "repository and -- out of auto_map in config.json and tokenizer_config.json"
         )
-    at = f", revision {source.revision or 'main'}" if source.kind == "hub" else ""
+    if source.kind == "hub":
+        place = f"{source.location}, revision {source.revision or 'main'}"
+    else:
+        place = str(Path(source.location).resolve())
     logger.warning(
-        "Running the code that comes with the model %s (%s%s): it can do whatever you can",
+        "Running the code that comes with the model %s (%s): it can do whatever you can",
         source.name,
-        source.location,
-        at,
+        place,
     )
     return dataclasses.replace(source, own_code=True)
 
@@ -380,9 +382,9 @@ def loading(source: ModelSource) -> Iterator[None]:
             if "trust_remote_code" not in str(error):
                 raise
             raise ModelError(
-                f"{source.name!r} comes with code of its own, which is not run unless asked for: "
-                "read it, then name the model and add --trust-remote-code, of a hub model with "
-                "--revision and the commit that you read"
+                f"{source.name!r} comes with code of its own, which is run only if asked for: read "
+                "that code first, then add --trust-remote-code and say with --model which model it "
+                "is about, and for a hub model with --revision the commit that you read"
             ) from error
         except ImportError as error:
             raise ModelError(f"{source.name!r} cannot be loaded here: {error}") from error

@@ -87,8 +87,8 @@ def change(file: Path, **changes: Any) -> None:
 def modules_in(folder: Path) -> Iterator[None]:
     """Have transformers keep such code there, and lose it afterwards. Nobody is ever asked."""
 
-    def ask(prompt: str = "") -> str:
-        raise AssertionError(f"asked: {prompt}")
+    def ask(prompt: str = "") -> None:
+        pytest.fail(f"asked: {prompt}")
 
     elsewhere = dynamic_module_utils.HF_MODULES_CACHE
     with pytest.MonkeyPatch.context() as patch:

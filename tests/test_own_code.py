@@ -142,8 +142,8 @@ def test_of_the_hub_the_commit_is_named(
     where = {"pretrained_model_name_or_path": str(own.folder), "trust_remote_code": False}
     monkeypatch.setattr("routesae_cache.lm.pretrained", lambda _: where)
     source = chosen_model("owner/model", "v1", True)
-    assert isinstance(source, ModelSource)
-    assert source.own_code
+    assert source.own_code  # type: ignore[union-attr]
+    assert chosen_model("owner/model", "v1", False) == dataclasses.replace(source, own_code=False)
     assert caplog.messages == [
         "Running the code that comes with the model owner/model (owner/model, revision c0ffee): "
         "it can do whatever you can"

@@ -141,15 +141,15 @@ def test_the_code_is_that_of_the_commit(
             shutil.move(own.folder, downloaded / "snapshots" / commit)
         (downloaded / "refs").mkdir()
         (downloaded / "refs" / "main").write_text(second)
+        source = chosen_model("owner/own", first, True)
+        assert model_sizes(source).n_layers == 4
+        load_tokenizer(source)
+        assert own.ran() == {"model", "parts", "words"}
+        copies = [file for file in (tmp_path / "modules").rglob("*.py") if file.stat().st_size]
+        assert {file.parent.name for file in copies} == {first}
         found = {
             revision: load_lm(chosen_model("owner/own", revision, True)).residuals(IDS, [0])[0]
             for revision in (first, second, None)
         }
         assert torch.equal(2 * found[first], found[second])
         assert torch.equal(found[None], found[second])
-        own.ran()
-        source = chosen_model("owner/own", first, True)
-        assert model_sizes(source).n_layers == 4
-        load_tokenizer(source)
-        assert own.ran() == {"model", "parts", "words"}
-        assert {file.parent.name for file in (tmp_path / "modules").rglob("words.py")} == {first}
