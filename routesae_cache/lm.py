@@ -313,7 +313,7 @@ def block_parameters(source: ModelSource) -> int:
     where = pretrained(source)
     with loading(source), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(**where)
-        own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+        own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
         if source.own_code and own:
             model = get_class_from_dynamic_module(own, **where)(config)
         else:

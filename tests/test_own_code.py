@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from cli.options import chosen_model
@@ -34,6 +35,7 @@ from tests.pipeline_helpers import config, run
 FLAG, SKIP = "--trust-remote-code", "--skip-refused"
 HARVEST = ("--tokens", 300, "--eval-tokens", 60, "--context", 16, "--chunk-rows", 4)
 EVERYTHING = {"model", "parts", "words"}
+IDS = torch.arange(8)[None]
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_a_harvest_has_to_be_allowed(own: OwnCode, tiny_corpus: Path, tmp_path: 
 
     done = routesae(*asked, FLAG)
     assert done.exit_code == 0, done.output
-    warning = f"Running the code that comes with the model own-llama ({own.folder}): it can do whatever you can"
+    warning = f"Running the code that comes with the model own-llama ({own.folder}): it can do"
     shown = "".join(done.stderr.split())  # a long path is broken over lines
     assert shown.count("".join(warning.split())) == 1
     assert own.ran() == EVERYTHING
@@ -172,6 +174,21 @@ def test_a_configuration_with_other_names(own: OwnCode) -> None:
     file.write_text(file.read_text().replace('"hidden_size"', '"breadth"'))
     with pytest.raises(ModelError, match=r"OwnConfig.* has no hidden_size"):
         model_shape(allowed(own))
+
+
+def test_a_model_with_less_around_it(tiny_model_dir: Path) -> None:
+    """Than those of transformers have: what its code was written for may be older."""
+    lm = load_lm(str(tiny_model_dir), dtype="float32")
+    expected, _ = lm.extend(IDS)
+    forward = lm.model.forward
+
+    def older(input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        return forward(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    lm.model.forward, lm.model.generation_config = older, None
+    torch.testing.assert_close(lm.extend(IDS)[0], expected)
+    lm.model.config.eos_token_id = 2
+    assert lm.end_ids == {2}
 
 
 @pytest.mark.parametrize(
