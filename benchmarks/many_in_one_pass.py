@@ -8,7 +8,8 @@ import time
 from benchmarks.common import FOLDER, interleaved, recoded, show, spread
 from routesae_cache.kernels import keep_freed_memory
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores.codecs import DeltaCodec
 from stores.reader import StoreReader
 

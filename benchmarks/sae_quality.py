@@ -9,7 +9,8 @@ from benchmarks.codecs import CODECS
 from benchmarks.common import FOLDER, raw_store, recoded, show, spread
 from routesae_cache.evaluate import EvaluateConfig, evaluate
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 
 COMPARED = ("bf16", "delta-0.15", "delta-0.20")

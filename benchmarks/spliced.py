@@ -18,7 +18,8 @@ from routesae_cache.origin import origin_lm
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.splicing.evaluate import SplicedConfig, evaluate_spliced
 from routesae_cache.splicing.predictions import compare_predictions
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from routesae_cache.trained import TrainedSae
 from stores.codecs import DeltaCodec
 from stores.reader import StoreReader

@@ -71,7 +71,7 @@ def sweep(
     cluster = ray_config(ray, workers, gpus_per_worker, device)
     with err.status("Reading the sweep"):
         from routesae_cache.sweep import read_sweep
-        from routesae_cache.train import TrainConfig
+        from routesae_cache.train_plan import TrainConfig
 
         described = read_sweep(file)
         config = TrainConfig(

@@ -137,7 +137,7 @@ def train(
     with err.status("Reading the options"):
         from routesae_cache.saes.registry import parse_saes
         from routesae_cache.sweep import OWN_OPTIONS
-        from routesae_cache.train import TrainConfig
+        from routesae_cache.train_plan import TrainConfig
 
         given = {name: value for name, value in options.items() if value is not None}
         specs = parse_saes(sae, options=given, preset=preset.value, train_options=OWN_OPTIONS)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from routesae_cache.ray_cluster import RayConfig
     from routesae_cache.runs import RunState
     from routesae_cache.saes.registry import SaeSpec
-    from routesae_cache.train import TrainConfig, TrainProgress, TrainResult, TrainStart
+    from routesae_cache.train import TrainProgress, TrainResult
+    from routesae_cache.train_plan import TrainConfig, TrainStart
     from stores.place import Place
 
 _NAMED_RUNS = 4  # more are named by their folder in the command that measures them

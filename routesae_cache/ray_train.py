@@ -24,14 +24,8 @@ from routesae_cache.ray_pool import Pool, pool
 from routesae_cache.runs import Asked, RunState
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.registry import build_sae
-from routesae_cache.train import (
-    TrainConfig,
-    TrainProgress,
-    TrainResult,
-    TrainStart,
-    prepare,
-    train,
-)
+from routesae_cache.train import TrainProgress, TrainResult, train
+from routesae_cache.train_plan import TrainConfig, TrainStart, prepare
 from stores.place import Place
 from stores.reader import StoreReader
 

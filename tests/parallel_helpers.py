@@ -16,7 +16,8 @@ from routesae_cache.parallel import PeerError, World
 from routesae_cache.runs import Run
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.sae import Sae
-from routesae_cache.train import TrainConfig, TrainResult, train
+from routesae_cache.train import TrainResult, train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 from tests.sae_grid import CODERS, SELECTORS
 from tests.store_helpers import chunk_file

@@ -13,7 +13,8 @@ import torch
 from routesae_cache.checkpoint import load_run
 from routesae_cache.evaluate import EvaluateConfig, evaluate
 from routesae_cache.origin import origin_tokenizer
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 from tests.pipeline_helpers import all_tokens, config, run, topk
 

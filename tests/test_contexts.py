@@ -25,7 +25,8 @@ from routesae_cache.contexts.text import CLOSE, OPEN, StoreText
 from routesae_cache.json_files import read_json
 from routesae_cache.origin import origin_tokenizer
 from routesae_cache.ray_cluster import RayConfig
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 from tests.command_helpers import routesae
 from tests.pipeline_helpers import all_tokens, config, fail_at, run, topk

@@ -25,7 +25,8 @@ from routesae_cache.json_files import read_json, write_json
 from routesae_cache.losses import denormalise_token, normalise_token
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.sae import Sae
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from tests import interchange_helpers as theirs
 from tests.interchange_helpers import LATENTS, MEAN_SQUARE, WIDTH, make_run, sae_config
 from tests.pipeline_helpers import config as harvest_config

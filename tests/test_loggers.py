@@ -21,7 +21,8 @@ from routesae_cache.loggers import (
     read_metrics,
     scalars,
 )
-from routesae_cache.train import TrainConfig, TrainProgress, TrainResult, train
+from routesae_cache.train import TrainProgress, TrainResult, train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 from tests.pipeline_helpers import config, fail_at, run, topk
 from tests.test_cli import refused, routesae

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import zarr
 
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores import leases, objects
 from stores.cache import CachedPlace
 from stores.codecs import Int8Codec

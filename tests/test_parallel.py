@@ -19,7 +19,8 @@ from routesae_cache.loggers import read_metrics
 from routesae_cache.parallel import ALONE, World, environment
 from routesae_cache.runs import Asked, run_names
 from routesae_cache.saes.registry import build_sae
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 from tests.command_helpers import refused, routesae
 from tests.parallel_helpers import BATCH_TOKENS, FAILING, SAES, STEPS, STOP_AT, F, go, pair, work

@@ -16,7 +16,8 @@ from routesae_cache.json_files import read_json, write_json
 from routesae_cache.parallel import World
 from routesae_cache.prefix import extent
 from routesae_cache.runs import Asked
-from routesae_cache.train import TrainConfig, TrainResult, prepare, train
+from routesae_cache.train import TrainResult, train
+from routesae_cache.train_plan import TrainConfig, prepare
 from stores.errors import IncompleteStoreError, StoreError
 from stores.reader import StoreReader
 from tests.command_helpers import refused, routesae

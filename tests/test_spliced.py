@@ -24,7 +24,8 @@ from routesae_cache.splicing import evaluate as spliced
 from routesae_cache.splicing import passes as passes_module
 from routesae_cache.splicing import predictions
 from routesae_cache.splicing.evaluate import SplicedConfig, check_spliceable, evaluate_spliced
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from routesae_cache.trained import ReadingRule, TrainedSae
 from stores.codecs import Bf16Codec, DeltaCodec, Int8Codec
 from stores.reader import StoreReader

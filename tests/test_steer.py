@@ -33,7 +33,8 @@ from routesae_cache.steering.steer import (
     steer,
 )
 from routesae_cache.tokens import Tokenizer
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from routesae_cache.trained import Residuals, TrainedSae
 from tests.command_helpers import routesae
 from tests.conftest import ARCHITECTURES

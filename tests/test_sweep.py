@@ -22,7 +22,8 @@ from cli.stopping import stop_signals
 from routesae_cache.runs import RunState, run_names
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.sweep import OWN_OPTIONS, Sweep, SweepError, complete, read_sweep
-from routesae_cache.train import TrainConfig, TrainProgress
+from routesae_cache.train import TrainProgress
+from routesae_cache.train_plan import TrainConfig
 from stores.codecs import Int8Codec
 from stores.spec import StoreSpec
 from tests.pipeline_helpers import config, run

@@ -19,7 +19,8 @@ from routesae_cache.prefix import extent
 from routesae_cache.runs import Asked, run_name, run_names
 from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.sae import Sae
-from routesae_cache.train import TrainConfig, TrainProgress, TrainStart, train
+from routesae_cache.train import TrainProgress, train
+from routesae_cache.train_plan import TrainConfig, TrainStart
 from stores.reader import StoreReader
 from tests.pipeline_helpers import config, fail_at, run, topk
 
@@ -352,7 +353,7 @@ def test_too_few_tokens_for_a_step(reader: StoreReader, tmp_path: Path) -> None:
 
 
 def test_default_batch_is_the_papers_unless_the_store_is_small(reader: StoreReader) -> None:
-    from routesae_cache.train import _batch_tokens
+    from routesae_cache.train_plan import _batch_tokens
 
     assert _batch_tokens(100_000_000) == 32768
     assert _batch_tokens(2_000_000) == 1024

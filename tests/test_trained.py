@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from routesae_cache.saes.config import SaeConfig
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from routesae_cache.trained import Residuals, TrainedSae, layers_read, reconstruction_MD
 from stores.reader import StoreReader
 from tests.pipeline_helpers import config, run, topk

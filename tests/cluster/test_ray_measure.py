@@ -15,7 +15,8 @@ import pytest
 from routesae_cache import ray_contexts, ray_splicing
 from routesae_cache.ray_pool import Pool
 from routesae_cache.runs import Asked
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 from tests.command_helpers import routesae
 from tests.pipeline_helpers import array_files, config, run, topk

@@ -19,7 +19,8 @@ from routesae_cache.ray_cluster import RayConfig
 from routesae_cache.ray_pool import Pool
 from routesae_cache.ray_train import train_on_ray
 from routesae_cache.runs import Asked
-from routesae_cache.train import TrainConfig, TrainProgress, TrainStart, train
+from routesae_cache.train import TrainProgress, train
+from routesae_cache.train_plan import TrainConfig, TrainStart
 from stores.reader import StoreReader
 from tests.cluster.conftest import begun, node_of, wait_until
 from tests.pipeline_helpers import config, run, topk

@@ -224,7 +224,7 @@ def stop_before_work(patch: pytest.MonkeyPatch) -> None:
         "routesae_cache.workers.load_model",
         "routesae_cache.workers.harvest_share",
         "routesae_cache.ray_harvest.harvest_on_ray",
-        "routesae_cache.train.Run",
+        "routesae_cache.train_plan.Run",
         "routesae_cache.origin.origin_lm",
         "routesae_cache.origin.origin_tokenizer",
         "routesae_cache.evaluate.evaluate_saes",

@@ -16,7 +16,8 @@ from cli.options import chosen_model
 from routesae_cache.forecast import model_sizes
 from routesae_cache.lm import load_lm
 from routesae_cache.tokens import load_tokenizer
-from routesae_cache.train import TrainConfig, train
+from routesae_cache.train import train
+from routesae_cache.train_plan import TrainConfig
 from stores.reader import StoreReader
 from tests.command_helpers import refused, routesae
 from tests.faults.jobs import EXPERIMENT, SWEEP_TABLES, harvest_arguments
