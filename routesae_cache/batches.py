@@ -6,11 +6,9 @@ when their batch is put together, straight into its buffer.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -20,27 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from routesae_cache.batch_slots import Batch as Batch
+from routesae_cache.batch_slots import Room, Slot, filled_in_background, make_slots
 from routesae_cache.losses import STD_EPS
 from stores.codecs import Codes, Float32
 from stores.reader import StoreReader
 from stores.spec import Split
 
-_DEPTH = 2  # batches decoded ahead of use
 _GROUP_TOKENS = 1 << 14  # shuffled together, whatever the codec; two groups are in memory
 _BLOCK_VALUES = 1 << 19  # decoded and normalised while they are in the cache
 
 Norm = Literal["token", "none"]
-
-
-class Batch(NamedTuple):
-    """N tokens; valid until the next batch is asked for."""
-
-    x_NLD: Tensor
-    """float32 on the asked device; the layers as asked."""
-    row_N: Tensor
-    """int64, row of the store."""
-    position_N: Tensor
-    """int64, position in the row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +129,7 @@ class BatchSource:
         """Batches from number `start` on, made in the background while the block is open."""
         with ExitStack() as reading:
             parts = [reading.enter_context(self._read(each, start)) for each in self._config.own]
-            produced = parts[0] if len(parts) == 1 else map(_joined, zip(*parts, strict=False))
-            yield map(self._to_device, produced)
+            yield parts[0] if len(parts) == 1 else map(_joined, zip(*parts, strict=False))
 
     @contextmanager
     def _read(self, stream: int, start: int) -> Generator[Iterator[Batch]]:
@@ -150,8 +137,8 @@ class BatchSource:
         size, rest = divmod(self._config.batch_tokens, len(self._config.own))
         assert not rest
         shape = (size, len(self._wanted), self._reader.spec.width)
-        ring = [np.empty(shape, np.float32) for _ in range(_DEPTH + 2)]
-        with _in_background(self._produce(stream, start, ring), _DEPTH) as produced:
+        slots = make_slots(shape, self._config.device)
+        with filled_in_background(partial(self._produce, stream, start, size), slots) as produced:
             yield produced
 
     def _count(self, chunk: int) -> int:
@@ -161,11 +148,6 @@ class BatchSource:
         if spec.packing == "joined" and chunk < spec.chunks - 1:
             return n_rows * (spec.context - 1)
         return int(self._reader.rows(chunk).counted_RT().sum())
-
-    def _to_device(self, batch: Batch) -> Batch:
-        if self._config.device == "cpu":
-            return batch
-        return Batch(*(part.to(self._config.device) for part in batch))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """All chunks, as an epoch has them."""
@@ -251,36 +233,33 @@ class BatchSource:
         row_N, position_N = np.nonzero(counted_RT)
         return np.flatnonzero(counted_RT) + begin, row_N + first_row, position_N
 
-    def _produce(self, stream: int, start: int, ring: list[Float32]) -> Iterator[Batch]:
+    def _produce(
+        self, stream: int, start: int, size: int, next_free: Callable[[], Slot]
+    ) -> Iterator[tuple[Slot, int]]:
         with ThreadPoolExecutor(1, thread_name_prefix="decode") as helper:
-            yield from self._assemble(stream, start, ring, helper)
+            slot, filled = next_free(), 0
+            for group, first in self._groups(stream, start * size):
+                while first < len(group.row_N):
+                    taken = slice(first, min(first + size - filled, len(group.row_N)))
+                    target = slice(filled, filled + taken.stop - taken.start)
+                    self._write(group, taken, slot.room(), target, helper)
+                    first, filled = taken.stop, target.stop
+                    if filled == size or (self._config.within_chunks and first == len(group.row_N)):
+                        yield slot, filled
+                        slot, filled = next_free(), 0
+            if filled and not self._config.drop_last:
+                yield slot, filled
 
-    def _assemble(
-        self, stream: int, start: int, ring: list[Float32], helper: ThreadPoolExecutor
-    ) -> Iterator[Batch]:
-        size, number = len(ring[0]), start
-        filled = 0
-        row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
-        for group, first in self._groups(stream, start * size):
-            while first < len(group.row_N):
-                taken = slice(first, min(first + size - filled, len(group.row_N)))
-                n_taken = taken.stop - taken.start
-                target = slice(filled, filled + n_taken)
-                out_NLD, token_N = ring[number % len(ring)][target], group.token_N[taken]
-                half = n_taken // 2
-                other = helper.submit(self._decode, group.codes, token_N[:half], out_NLD[:half])
-                self._decode(group.codes, token_N[half:], out_NLD[half:])
-                other.result()
-                row_N[target], position_N[target] = group.row_N[taken], group.position_N[taken]
-                first, filled = taken.stop, target.stop
-                if filled == size or (self._config.within_chunks and first == len(group.row_N)):
-                    part = slice(filled)
-                    yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])
-                    row_N, position_N = np.empty(size, np.int64), np.empty(size, np.int64)
-                    number, filled = number + 1, 0
-        if filled and not self._config.drop_last:
-            part = slice(filled)
-            yield _batch(ring[number % len(ring)][part], row_N[part], position_N[part])
+    def _write(
+        self, group: _Group, taken: slice, room: Room, target: slice, helper: ThreadPoolExecutor
+    ) -> None:
+        """Put tokens of a group where a batch has them."""
+        room.row_N[target], room.position_N[target] = group.row_N[taken], group.position_N[taken]
+        token_N, out_NLD = group.token_N[taken], room.x_NLD[target]
+        half = len(token_N) // 2
+        other = helper.submit(self._decode, group.codes, token_N[:half], out_NLD[:half])
+        self._decode(group.codes, token_N[half:], out_NLD[half:])
+        other.result()
 
     def _decode(self, codes: Codes, token_N: NDArray[np.int64], out_NLD: Float32) -> None:
         codec, spec = self._reader.spec.codec, self._reader.spec
@@ -305,50 +284,6 @@ def _normalise_in_place(x_NLD: Float32) -> None:
     x_NLD -= (sum_NL / np.float32(width))[..., None]
     std_NL = np.sqrt(np.vecdot(x_NLD, x_NLD) / np.float32(width - 1))
     x_NLD *= np.reciprocal(std_NL + np.float32(STD_EPS))[..., None]
-
-
-def _batch(x_NLD: Float32, row_N: NDArray[np.int64], position_N: NDArray[np.int64]) -> Batch:
-    return Batch(*(torch.from_numpy(part) for part in (x_NLD, row_N, position_N)))
-
-
-@contextmanager
-def _in_background(produced: Iterator[Batch], depth: int) -> Generator[Iterator[Batch]]:
-    """Run an iterator in a thread, `depth` items ahead; its error is raised where it is used."""
-    items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                items.put(item, timeout=0.1)
-                return
-
-    def work() -> None:
-        try:
-            for batch in produced:
-                put(batch)
-                if stopped.is_set():
-                    break
-            put(None)
-        except BaseException as error:  # handed over to the user's thread
-            put(error)
-        finally:
-            if isinstance(produced, Generator):
-                produced.close()
-
-    def consume() -> Iterator[Batch]:
-        while (item := items.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        yield consume()
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def first_tokens(
