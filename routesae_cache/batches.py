@@ -6,11 +6,13 @@ when their batch is put together, straight into its buffer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from routesae_cache.batch_slots import Batch as Batch
 from routesae_cache.batch_slots import Room, Slot, filled_in_background, make_slots
+from routesae_cache.devices import batch_threads, own_cores
 from routesae_cache.losses import STD_EPS
 from stores.codecs import Codes, Float32
 from stores.reader import StoreReader
@@ -27,6 +30,8 @@ from stores.spec import Split
 
 _GROUP_TOKENS = 1 << 14  # shuffled together, whatever the codec; two groups are in memory
 _BLOCK_VALUES = 1 << 19  # decoded and normalised while they are in the cache
+_LEAST_VALUES = 1 << 16  # for a thread's part of a batch, where there are more than
+_FEWEST_PARTS = 2
 
 Norm = Literal["token", "none"]
 
@@ -53,6 +58,9 @@ class BatchConfig:
     """Committed ones of the split, in order; None: all of it."""
     within_chunks: bool = False
     """Each batch is of one chunk, so that a chunk gives the same batches by itself."""
+    threads: int | None = None
+    """That read, and as many that decode; None: by the cores of this process. The batches are the
+    same."""
 
     def __post_init__(self) -> None:
         if self.batch_tokens < 1 or self.epochs < 1:
@@ -71,6 +79,15 @@ class _Group(NamedTuple):
     """Index into the codes."""
     row_N: NDArray[np.int64]
     position_N: NDArray[np.int64]
+
+
+class _Pools(NamedTuple):
+    """What reads and decodes for all streams."""
+
+    threads: int
+    """Of each pool."""
+    read: ThreadPoolExecutor
+    decode: ThreadPoolExecutor
 
 
 class BatchSource:
@@ -127,18 +144,25 @@ class BatchSource:
     @contextmanager
     def batches(self, start: int = 0) -> Generator[Iterator[Batch]]:
         """Batches from number `start` on, made in the background while the block is open."""
-        with ExitStack() as reading:
-            parts = [reading.enter_context(self._read(each, start)) for each in self._config.own]
+        threads = self._config.threads or batch_threads(own_cores())
+        with (
+            _pool(threads, "read") as read,
+            _pool(threads, "decode") as decode,
+            ExitStack() as all_,
+        ):
+            pools = _Pools(threads, read, decode)
+            parts = [all_.enter_context(self._read(own, start, pools)) for own in self._config.own]
             yield parts[0] if len(parts) == 1 else map(_joined, zip(*parts, strict=False))
 
     @contextmanager
-    def _read(self, stream: int, start: int) -> Generator[Iterator[Batch]]:
+    def _read(self, stream: int, start: int, pools: _Pools) -> Generator[Iterator[Batch]]:
         """Each batch's part from one stream."""
         size, rest = divmod(self._config.batch_tokens, len(self._config.own))
         assert not rest
         shape = (size, len(self._wanted), self._reader.spec.width)
         slots = make_slots(shape, self._config.device)
-        with filled_in_background(partial(self._produce, stream, start, size), slots) as produced:
+        fill = partial(self._produce, stream, start, size, pools)
+        with filled_in_background(fill, slots) as produced:
             yield produced
 
     def _count(self, chunk: int) -> int:
@@ -189,77 +213,96 @@ class BatchSource:
     def _chunk_tokens(self) -> int:
         return self._reader.spec.chunk_rows * self._reader.spec.context
 
-    def _groups(self, stream: int, skip_tokens: int) -> Iterator[tuple[_Group, int]]:
+    def _groups(self, stream: int, skip_tokens: int, pools: _Pools) -> Iterator[tuple[_Group, int]]:
         """Groups and the index of the first token to use; one is read ahead of the one in use."""
         spec = self._reader.spec
         room = self._group_chunks() * self._chunk_tokens()
         buffers = [spec.codec.empty(room, len(self._positions), spec.width) for _ in range(2)]
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-            ahead: Future[_Group] | None = None
-            ahead_start = 0
-            for chunks, rng in self._plan(stream):
-                size = sum(self._counts[int(chunk)] for chunk in chunks)
-                if skip_tokens >= size:
-                    skip_tokens -= size
-                    continue
-                if ahead is not None:
-                    group = ahead.result()
-                    ahead = pool.submit(self._load, chunks, rng, buffers[0])
-                    yield group, ahead_start
-                    ahead_start = 0
-                else:
-                    ahead = pool.submit(self._load, chunks, rng, buffers[0])
-                    ahead_start, skip_tokens = skip_tokens, 0
-                buffers.reverse()
+        ahead: Callable[[], _Group] | None = None
+        ahead_start = 0
+        for chunks, rng in self._plan(stream):
+            size = sum(self._counts[int(chunk)] for chunk in chunks)
+            if skip_tokens >= size:
+                skip_tokens -= size
+                continue
             if ahead is not None:
-                yield ahead.result(), ahead_start
+                group = ahead()
+                ahead = self._load(chunks, rng, buffers[0], pools)
+                yield group, ahead_start
+                ahead_start = 0
+            else:
+                ahead = self._load(chunks, rng, buffers[0], pools)
+                ahead_start, skip_tokens = skip_tokens, 0
+            buffers.reverse()
+        if ahead is not None:
+            yield ahead(), ahead_start
 
-    def _load(self, chunks: NDArray[np.int64], rng: np.random.Generator, buffer: Codes) -> _Group:
-        begins = range(0, len(chunks) * self._chunk_tokens(), self._chunk_tokens())
-        with ThreadPoolExecutor(2) as pool:
-            load = partial(self._load_chunk, buffer)
-            parts = list(pool.map(load, map(int, chunks), begins))
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        if self._config.shuffle:
-            order = rng.permutation(len(columns[0]))
-            columns = [column[order] for column in columns]
-        return _Group(buffer, *columns)
+    def _load(
+        self, chunks: NDArray[np.int64], rng: np.random.Generator, buffer: Codes, pools: _Pools
+    ) -> Callable[[], _Group]:
+        """Begin to read a group; returns what waits for it."""
+        places = [(int(c), i * self._chunk_tokens()) for i, c in enumerate(chunks)]
+        shares = _shares(len(self._positions), math.ceil(pools.threads / len(chunks)))
+        rows = pools.read.map(self._load_rows, *zip(*places, strict=True))
+        codes = [
+            pools.read.submit(self._load_codes, buffer, *place, share)
+            for place in places
+            for share in shares
+        ]
 
-    def _load_chunk(self, buffer: Codes, chunk: int, begin: int) -> tuple[NDArray[np.int64], ...]:
-        first_row = self._reader.spec.chunk_range(chunk).start
+        def loaded() -> _Group:
+            columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+            for each in codes:
+                each.result()
+            if self._config.shuffle:
+                order = rng.permutation(len(columns[0]))
+                columns = [column[order] for column in columns]
+            return _Group(buffer, *columns)
+
+        return loaded
+
+    def _load_rows(self, chunk: int, begin: int) -> tuple[NDArray[np.int64], ...]:
+        """Which of a chunk's tokens count: their place in the group, rows and positions."""
         counted_RT = self._reader.rows(chunk).counted_RT()
-        room = {name: v[begin : begin + counted_RT.size] for name, v in buffer.items()}
-        self._reader.codes(chunk, self._positions, room)
         row_N, position_N = np.nonzero(counted_RT)
+        first_row = self._reader.spec.chunk_range(chunk).start
         return np.flatnonzero(counted_RT) + begin, row_N + first_row, position_N
 
-    def _produce(
-        self, stream: int, start: int, size: int, next_free: Callable[[], Slot]
-    ) -> Iterator[tuple[Slot, int]]:
-        with ThreadPoolExecutor(1, thread_name_prefix="decode") as helper:
-            slot, filled = next_free(), 0
-            for group, first in self._groups(stream, start * size):
-                while first < len(group.row_N):
-                    taken = slice(first, min(first + size - filled, len(group.row_N)))
-                    target = slice(filled, filled + taken.stop - taken.start)
-                    self._write(group, taken, slot.room(), target, helper)
-                    first, filled = taken.stop, target.stop
-                    if filled == size or (self._config.within_chunks and first == len(group.row_N)):
-                        yield slot, filled
-                        slot, filled = next_free(), 0
-            if filled and not self._config.drop_last:
-                yield slot, filled
+    def _load_codes(self, buffer: Codes, chunk: int, begin: int, share: slice) -> None:
+        """Of some of the layers."""
+        part = self._reader.spec.chunk_range(chunk)
+        end = begin + (part.stop - part.start) * self._reader.spec.context
+        room = {name: values[begin:end, share] for name, values in buffer.items()}
+        self._reader.codes(chunk, self._positions[share], room)
 
-    def _write(
-        self, group: _Group, taken: slice, room: Room, target: slice, helper: ThreadPoolExecutor
-    ) -> None:
+    def _produce(
+        self, stream: int, start: int, size: int, pools: _Pools, next_free: Callable[[], Slot]
+    ) -> Iterator[tuple[Slot, int]]:
+        slot, filled = next_free(), 0
+        for group, first in self._groups(stream, start * size, pools):
+            while first < len(group.row_N):
+                taken = slice(first, min(first + size - filled, len(group.row_N)))
+                target = slice(filled, filled + taken.stop - taken.start)
+                self._write(group, taken, slot.room(), target, pools)
+                first, filled = taken.stop, target.stop
+                if filled == size or (self._config.within_chunks and first == len(group.row_N)):
+                    yield slot, filled
+                    slot, filled = next_free(), 0
+        if filled and not self._config.drop_last:
+            yield slot, filled
+
+    def _write(self, group: _Group, taken: slice, room: Room, target: slice, pools: _Pools) -> None:
         """Put tokens of a group where a batch has them."""
         room.row_N[target], room.position_N[target] = group.row_N[taken], group.position_N[taken]
         token_N, out_NLD = group.token_N[taken], room.x_NLD[target]
-        half = len(token_N) // 2
-        other = helper.submit(self._decode, group.codes, token_N[:half], out_NLD[:half])
-        self._decode(group.codes, token_N[half:], out_NLD[half:])
-        other.result()
+        n_values = len(token_N) * len(self._positions) * self._reader.spec.width
+        worthwhile = max(_FEWEST_PARTS, n_values // _LEAST_VALUES)
+        parts = [
+            pools.decode.submit(self._decode, group.codes, token_N[share], out_NLD[share])
+            for share in _shares(len(token_N), min(pools.threads, worthwhile))
+        ]
+        for part in parts:
+            part.result()
 
     def _decode(self, codes: Codes, token_N: NDArray[np.int64], out_NLD: Float32) -> None:
         codec, spec = self._reader.spec.codec, self._reader.spec
@@ -270,6 +313,23 @@ class BatchSource:
             codec.decode(gathered, self._positions, self._wanted, out_NLD[part])
             if self._config.norm == "token":
                 _normalise_in_place(out_NLD[part])
+
+
+@contextmanager
+def _pool(threads: int, name: str) -> Generator[ThreadPoolExecutor]:
+    """Threads that end with the block; what they have not begun by then is left."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _shares(size: int, parts: int) -> list[slice]:
+    """So many slices of about the same length, fewer where there would be nothing in some."""
+    parts = min(size, parts)
+    ends = [size * part // parts for part in range(parts + 1)]
+    return [slice(*each) for each in pairwise(ends)]
 
 
 def _joined(parts: Sequence[Batch]) -> Batch:

@@ -1,10 +1,12 @@
-"""Which device to compute on."""
+"""Which device to compute on, and how much of the machine."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+_FEWEST_THREADS, _MOST_THREADS = 2, 16  # beyond, they would wait for each other's Python
 
 
 def resolve_device(name: str) -> str:
@@ -18,6 +20,26 @@ def resolve_device(name: str) -> str:
     return name
 
 
+_taken: int | None = None
+
+
 def cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process and those it starts may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def take_cores(count: int) -> None:
+    """Leave all cores but so many to other processes on this machine."""
+    global _taken
+    _taken = count
+
+
+def own_cores() -> int:
+    """Cores that this process may use by itself."""
+    return cores() if _taken is None else _taken
+
+
+def batch_threads(cores: float) -> int:
+    """Threads that read a store's batches, and as many that decode them, where there are so many
+    cores."""
+    return min(max(int(cores), _FEWEST_THREADS), _MOST_THREADS)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from routesae_cache import selection
-from routesae_cache.devices import cores
+from routesae_cache.devices import cores, own_cores, take_cores
 
 _ENVIRONMENT = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -249,8 +249,9 @@ def join(device: str) -> Generator[tuple[World, str]]:
         return
     processes = int(os.environ["LOCAL_WORLD_SIZE"])
     check_devices(processes, device)
+    take_cores(max(1, cores() // processes))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // processes))
+        torch.set_num_threads(own_cores())
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

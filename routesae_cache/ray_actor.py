@@ -14,6 +14,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from routesae_cache.devices import take_cores
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -87,15 +89,16 @@ class _Messages(logging.Handler):
 class Actor:
     """A process of Ray's with a worker in it."""
 
-    def __init__(self, make: Callable[[], Worker[Any, Any]], threads: int, folder: Path) -> None:
-        self._make, self._threads = make, threads
+    def __init__(self, make: Callable[[], Worker[Any, Any]], cores: int, folder: Path) -> None:
+        self._make, self._cores = make, cores
         with suppress(OSError):  # it is not there: nor are paths that start from it
             os.chdir(folder)
         self._messages = _Messages()
 
     def load(self) -> Loaded:
-        """Make the worker; the same number of threads for every one."""
-        torch.set_num_threads(self._threads)
+        """Make the worker; the same number of cores for every one."""
+        take_cores(self._cores)
+        torch.set_num_threads(self._cores)
         self._worker = self._make()
         fetched = self._messages.fetch()
         return Loaded(self._worker.hello, socket.gethostname(), os.getpid(), fetched)

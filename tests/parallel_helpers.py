@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from routesae_cache import parallel
+from routesae_cache.devices import own_cores
 from routesae_cache.parallel import PeerError, World
 from routesae_cache.runs import Run
 from routesae_cache.saes.config import SaeConfig
@@ -144,6 +145,7 @@ def primitives(world: World) -> dict[str, Any]:
         "top of ties": world.batch_top(value_MF.round(), 20),
         "top of nan": world.batch_top(worst_MF, 100),
         "first": world.first(lambda: f"of {world.rank}"),
+        "cores": own_cores(),
         "any": [world.any(flag) for flag in (False, world.leads, not world.leads)],
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from routesae_cache import batches as batches_module
+from routesae_cache import devices
 from routesae_cache.batches import BatchConfig, BatchSource, first_tokens
+from routesae_cache.devices import batch_threads
 from routesae_cache.losses import normalise_token
 from stores.errors import CorruptChunkError, IncompleteStoreError
 from stores.reader import StoreReader
@@ -124,10 +128,121 @@ def test_chunks_by_themselves_give_the_batches_of_all(reader: StoreReader) -> No
     assert len(torch.cat([rows for _, rows, _ in whole])) == len(all_tokens(reader, (1,), "train"))
 
 
-def test_stops_reading_when_left_early(reader: StoreReader) -> None:
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, int]]:
+    """Small blocks and parts; comes to hold the threads that decoded, and how many tokens."""
+    seen: set[tuple[str, int]] = set()
+    decode = BatchSource._decode
+
+    def noted(source: BatchSource, codes: Any, token_N: Any, out_NLD: Any) -> None:
+        seen.add((threading.current_thread().name, len(token_N)))
+        decode(source, codes, token_N, out_NLD)
+
+    monkeypatch.setattr(BatchSource, "_decode", noted)
+    monkeypatch.setattr(batches_module, "_BLOCK_VALUES", 5 * 3 * 32)
+    monkeypatch.setattr(batches_module, "_LEAST_VALUES", 1)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_tokens": 38},
+        {"batch_tokens": 38, "drop_last": False, "layers": (2,), "norm": "none"},
+        {"shuffle": False, "drop_last": False, "within_chunks": True},
+        {"streams": 3, "own": (0, 2), "batch_tokens": 38},
+        {"batch_tokens": 2, "chunks": (2, 4)},
+    ],
+)
+def test_the_batches_are_the_same_with_any_number_of_threads(
+    reader: StoreReader, options: dict[str, Any], parts: set[tuple[str, int]]
+) -> None:
+    expected = collect(reader, threads=1, **options)
+    for threads in (2, 3, 7):
+        parts.clear()
+        found = collect(reader, threads=threads, **options)
+        assert len(found) == len(expected) > 0
+        for a, b in zip(found, expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        size = options.get("batch_tokens", 32) // len(options.get("own", (0,)))
+        assert max(n_tokens for _, n_tokens in parts) == -(-size // threads)
+
+
+def test_few_values_are_decoded_in_two_parts(
+    reader: StoreReader, parts: set[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_module, "_LEAST_VALUES", 1 << 16)
+    collect(reader, threads=7, batch_tokens=20)
+    assert max(n_tokens for _, n_tokens in parts) == 10
+
+
+def test_all_threads_read_where_a_group_has_few_chunks(
+    reader: StoreReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[Any]] = {}
+    codes = StoreReader.codes
+
+    def noted(reader: StoreReader, chunk: int, positions: Any, out: Any = None) -> Any:
+        seen.setdefault(chunk, []).append(positions)
+        return codes(reader, chunk, positions, out)
+
+    monkeypatch.setattr(StoreReader, "codes", noted)
+    for threads, calls in ((1, 1), (2, 2), (3, 3), (7, 3)):
+        seen.clear()
+        collect(reader, threads=threads, within_chunks=True)
+        assert len(seen) == 5
+        for shares in seen.values():
+            assert len(shares) == calls
+            assert sorted(position for share in shares for position in share) == [0, 1, 2]
+
+
+def test_threads_follow_the_cores(reader: StoreReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [batch_threads(n) for n in (0.5, 1, 2, 3.9, 8, 16, 200)] == [2, 2, 2, 3, 8, 16, 16]
+    monkeypatch.setattr(devices, "_taken", 5)
     source = BatchSource(reader, BatchConfig(layers=(1,), batch_tokens=8, epochs=50))
+    before = set(threading.enumerate())
     with source.batches() as batches:
         next(batches)
+        names = [t.name for t in set(threading.enumerate()) - before]
+        assert 0 < sum(name.startswith("read") for name in names) <= 5
+        assert 0 < sum(name.startswith("decode") for name in names) <= 5
+        assert len(names) <= 11
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_no_thread_is_left(reader: StoreReader, streams: int) -> None:
+    own = tuple(range(streams))
+    config = BatchConfig(layers=(1,), batch_tokens=6, epochs=5, streams=streams, own=own)
+    before = set(threading.enumerate())
+    for taken in (0, 1, 7, 10_000):
+        with BatchSource(reader, config).batches() as batches:
+            assert len(list(islice(batches, taken))) <= taken
+            assert set(threading.enumerate()) - before
+        assert set(threading.enumerate()) == before
+    with pytest.raises(KeyError), BatchSource(reader, config).batches() as batches:
+        raise KeyError(next(batches))
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_in_a_decoding_thread_reaches_the_user(
+    reader: StoreReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = BatchSource._decode
+    calls = count(1)
+
+    def failing(source: BatchSource, codes: Any, token_N: Any, out_NLD: Any) -> None:
+        decode(source, codes, token_N, out_NLD)
+        if next(calls) == 8:
+            raise FloatingPointError("the eighth")
+
+    monkeypatch.setattr(BatchSource, "_decode", failing)
+    before = set(threading.enumerate())
+    source = BatchSource(reader, BatchConfig(layers=(1,), batch_tokens=20, threads=2))
+    with source.batches() as batches:
+        assert [len(next(batches).row_N) for _ in range(3)] == [20] * 3
+        with pytest.raises(FloatingPointError, match="the eighth"):
+            next(batches)
+    assert set(threading.enumerate()) == before
 
 
 def test_sample_is_of_the_split(reader: StoreReader) -> None:

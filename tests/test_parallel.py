@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from routesae_cache import launch as launch_module
 from routesae_cache.checkpoint import RunError, checkpoint_step, read_config
-from routesae_cache.devices import cores
+from routesae_cache.devices import cores, own_cores
 from routesae_cache.launch import PEER_LOST, Ended, _cause, check_processes, launch
 from routesae_cache.loggers import read_metrics
 from routesae_cache.parallel import ALONE, World, environment
@@ -128,6 +128,11 @@ def test_the_largest_of_all_processes(values: str, folder: Path) -> None:
     assert torch.equal(torch.cat(chosen).sort(descending=True).values, expected)
     assert len(chosen[0]) != count  # or each could have chosen by itself
     assert all(torch.equal(p.unique(), p) for p in positions)
+
+
+def test_processes_share_the_machine(folder: Path) -> None:
+    assert own_cores() == cores()  # of this one, which is alone
+    assert [each["cores"] for each in loaded(folder, "primitives")] == [max(1, cores() // 2)] * 2
 
 
 def test_what_one_process_says_to_the_others(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from routesae_cache import ray_pool
+from routesae_cache.devices import own_cores
 from routesae_cache.ray_actor import Worker
 from routesae_cache.ray_cluster import RayConfig
 from routesae_cache.ray_pool import WorkersDieError, pool
@@ -25,7 +26,7 @@ class Sleeper(Worker[float, int]):
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._asked = folder, 0
-        self.hello = Path.cwd()
+        self.hello = Path.cwd(), own_cores()
 
     def work(self, task: float) -> int:
         if task < 0:
@@ -55,7 +56,9 @@ def test_a_slow_worker_is_named(
     seen: list[bool] = []
     states: set[int] = set()
     with pool(config, partial(Sleeper, tmp_path), describe="a nap of {:g} s".format) as workers:
-        assert workers.wait_for_one(lambda: None) == tmp_path  # for paths as they were given
+        folder, cores = workers.wait_for_one(lambda: None)
+        assert folder == tmp_path  # for paths as they were given
+        assert cores == 1  # of a node's
 
         def tick() -> None:
             seen.append(any(place.straggles for place in workers.places))
