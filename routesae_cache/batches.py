@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from routesae_cache.batch_parts import Decoder, Pools, open_pools, shares
+from routesae_cache.batch_parts import Norm as Norm
 from routesae_cache.batch_slots import Batch as Batch
-from routesae_cache.batch_slots import Room, Slot, filled_in_background, make_slots
+from routesae_cache.batch_slots import Slot, filled_in_background, make_slots
 from routesae_cache.devices import batch_threads, own_cores
-from routesae_cache.losses import STD_EPS
-from stores.codecs import Codes, Float32
+from stores.codecs import Codes
 from stores.reader import StoreReader
 from stores.spec import Split
 
 _GROUP_TOKENS = 1 << 14  # shuffled together, whatever the codec; two groups are in memory
-_BLOCK_VALUES = 1 << 19  # decoded and normalised while they are in the cache
-_LEAST_VALUES = 1 << 16  # for a thread's part of a batch, where there are more than
-_FEWEST_PARTS = 2
-
-Norm = Literal["token", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +75,6 @@ class _Group(NamedTuple):
     position_N: NDArray[np.int64]
 
 
-class _Pools(NamedTuple):
-    """What reads and decodes for all streams."""
-
-    threads: int
-    """Of each pool."""
-    read: ThreadPoolExecutor
-    decode: ThreadPoolExecutor
-
-
 class BatchSource:
     """The batches of a split of a store; every call of `batches` gives the same ones.
 
@@ -101,6 +86,12 @@ class BatchSource:
         self._reader, self._config = reader, config
         self._wanted = reader.spec.positions(config.layers)
         self._positions = reader.spec.codec.required(self._wanted)
+        self._decoder = Decoder(
+            codec=reader.spec.codec,
+            positions=self._positions,
+            wanted=self._wanted,
+            norm=config.norm,
+        )
         chunks = reader.chunks(config.split) if config.chunks is None else config.chunks
         self._chunks = list(chunks)
         self._counts = {chunk: self._count(chunk) for chunk in self._chunks}
@@ -145,17 +136,13 @@ class BatchSource:
     def batches(self, start: int = 0) -> Generator[Iterator[Batch]]:
         """Batches from number `start` on, made in the background while the block is open."""
         threads = self._config.threads or batch_threads(own_cores())
-        with (
-            _pool(threads, "read") as read,
-            _pool(threads, "decode") as decode,
-            ExitStack() as all_,
-        ):
-            pools = _Pools(threads, read, decode)
-            parts = [all_.enter_context(self._read(own, start, pools)) for own in self._config.own]
+        with open_pools(threads) as pools, ExitStack() as reading:
+            streams = self._config.own
+            parts = [reading.enter_context(self._read(each, start, pools)) for each in streams]
             yield parts[0] if len(parts) == 1 else map(_joined, zip(*parts, strict=False))
 
     @contextmanager
-    def _read(self, stream: int, start: int, pools: _Pools) -> Generator[Iterator[Batch]]:
+    def _read(self, stream: int, start: int, pools: Pools) -> Generator[Iterator[Batch]]:
         """Each batch's part from one stream."""
         size, rest = divmod(self._config.batch_tokens, len(self._config.own))
         assert not rest
@@ -213,7 +200,7 @@ class BatchSource:
     def _chunk_tokens(self) -> int:
         return self._reader.spec.chunk_rows * self._reader.spec.context
 
-    def _groups(self, stream: int, skip_tokens: int, pools: _Pools) -> Iterator[tuple[_Group, int]]:
+    def _groups(self, stream: int, skip_tokens: int, pools: Pools) -> Iterator[tuple[_Group, int]]:
         """Groups and the index of the first token to use; one is read ahead of the one in use."""
         spec = self._reader.spec
         room = self._group_chunks() * self._chunk_tokens()
@@ -238,16 +225,16 @@ class BatchSource:
             yield ahead(), ahead_start
 
     def _load(
-        self, chunks: NDArray[np.int64], rng: np.random.Generator, buffer: Codes, pools: _Pools
+        self, chunks: NDArray[np.int64], rng: np.random.Generator, buffer: Codes, pools: Pools
     ) -> Callable[[], _Group]:
         """Begin to read a group; returns what waits for it."""
         places = [(int(c), i * self._chunk_tokens()) for i, c in enumerate(chunks)]
-        shares = _shares(len(self._positions), math.ceil(pools.threads / len(chunks)))
+        layers = shares(len(self._positions), math.ceil(pools.threads / len(chunks)))
         rows = pools.read.map(self._load_rows, *zip(*places, strict=True))
         codes = [
             pools.read.submit(self._load_codes, buffer, *place, share)
             for place in places
-            for share in shares
+            for share in layers
         ]
 
         def loaded() -> _Group:
@@ -276,14 +263,18 @@ class BatchSource:
         self._reader.codes(chunk, self._positions[share], room)
 
     def _produce(
-        self, stream: int, start: int, size: int, pools: _Pools, next_free: Callable[[], Slot]
+        self, stream: int, start: int, size: int, pools: Pools, next_free: Callable[[], Slot]
     ) -> Iterator[tuple[Slot, int]]:
         slot, filled = next_free(), 0
         for group, first in self._groups(stream, start * size, pools):
             while first < len(group.row_N):
                 taken = slice(first, min(first + size - filled, len(group.row_N)))
                 target = slice(filled, filled + taken.stop - taken.start)
-                self._write(group, taken, slot.room(), target, pools)
+                room = slot.room()
+                room.row_N[target] = group.row_N[taken]
+                room.position_N[target] = group.position_N[taken]
+                token_N, out_NLD = group.token_N[taken], room.x_NLD[target]
+                self._decoder.decode(group.codes, token_N, out_NLD, pools)
                 first, filled = taken.stop, target.stop
                 if filled == size or (self._config.within_chunks and first == len(group.row_N)):
                     yield slot, filled
@@ -291,59 +282,9 @@ class BatchSource:
         if filled and not self._config.drop_last:
             yield slot, filled
 
-    def _write(self, group: _Group, taken: slice, room: Room, target: slice, pools: _Pools) -> None:
-        """Put tokens of a group where a batch has them."""
-        room.row_N[target], room.position_N[target] = group.row_N[taken], group.position_N[taken]
-        token_N, out_NLD = group.token_N[taken], room.x_NLD[target]
-        n_values = len(token_N) * len(self._positions) * self._reader.spec.width
-        worthwhile = max(_FEWEST_PARTS, n_values // _LEAST_VALUES)
-        parts = [
-            pools.decode.submit(self._decode, group.codes, token_N[share], out_NLD[share])
-            for share in _shares(len(token_N), min(pools.threads, worthwhile))
-        ]
-        for part in parts:
-            part.result()
-
-    def _decode(self, codes: Codes, token_N: NDArray[np.int64], out_NLD: Float32) -> None:
-        codec, spec = self._reader.spec.codec, self._reader.spec
-        block = max(1, _BLOCK_VALUES // (len(self._positions) * spec.width))
-        for start in range(0, len(out_NLD), block):
-            part = slice(start, min(start + block, len(out_NLD)))
-            gathered = {name: values[token_N[part]] for name, values in codes.items()}
-            codec.decode(gathered, self._positions, self._wanted, out_NLD[part])
-            if self._config.norm == "token":
-                _normalise_in_place(out_NLD[part])
-
-
-@contextmanager
-def _pool(threads: int, name: str) -> Generator[ThreadPoolExecutor]:
-    """Threads that end with the block; what they have not begun by then is left."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _shares(size: int, parts: int) -> list[slice]:
-    """So many slices of about the same length, fewer where there would be nothing in some."""
-    parts = min(size, parts)
-    ends = [size * part // parts for part in range(parts + 1)]
-    return [slice(*each) for each in pairwise(ends)]
-
 
 def _joined(parts: Sequence[Batch]) -> Batch:
     return Batch(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _normalise_in_place(x_NLD: Float32) -> None:
-    """`losses.normalise_token`, on a block that is still in the cache."""
-    width = x_NLD.shape[-1]
-    # vector by vector, so that a layer's last bits do not depend on the layers beside it
-    sum_NL = np.vecdot(x_NLD, np.ones(width, np.float32))
-    x_NLD -= (sum_NL / np.float32(width))[..., None]
-    std_NL = np.sqrt(np.vecdot(x_NLD, x_NLD) / np.float32(width - 1))
-    x_NLD *= np.reciprocal(std_NL + np.float32(STD_EPS))[..., None]
 
 
 def first_tokens(

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from routesae_cache import batch_parts, devices
 from routesae_cache import batches as batches_module
-from routesae_cache import devices
+from routesae_cache.batch_parts import Decoder
 from routesae_cache.batches import BatchConfig, BatchSource, first_tokens
 from routesae_cache.devices import batch_threads
 from routesae_cache.losses import normalise_token
@@ -129,18 +130,18 @@ def test_chunks_by_themselves_give_the_batches_of_all(reader: StoreReader) -> No
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, int]]:
-    """Small blocks and parts; comes to hold the threads that decoded, and how many tokens."""
-    seen: set[tuple[str, int]] = set()
-    decode = BatchSource._decode
+def parts(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Small blocks and parts; comes to hold how many tokens a part had."""
+    seen: set[int] = set()
+    decode = Decoder._decode_part
 
-    def noted(source: BatchSource, codes: Any, token_N: Any, out_NLD: Any) -> None:
-        seen.add((threading.current_thread().name, len(token_N)))
-        decode(source, codes, token_N, out_NLD)
+    def noted(decoder: Decoder, codes: Any, token_N: Any, out_NLD: Any) -> None:
+        seen.add(len(token_N))
+        decode(decoder, codes, token_N, out_NLD)
 
-    monkeypatch.setattr(BatchSource, "_decode", noted)
-    monkeypatch.setattr(batches_module, "_BLOCK_VALUES", 5 * 3 * 32)
-    monkeypatch.setattr(batches_module, "_LEAST_VALUES", 1)
+    monkeypatch.setattr(Decoder, "_decode_part", noted)
+    monkeypatch.setattr(batch_parts, "_BLOCK_VALUES", 5 * 3 * 32)
+    monkeypatch.setattr(batch_parts, "_LEAST_VALUES", 1)
     return seen
 
 
@@ -155,7 +156,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, int]]:
     ],
 )
 def test_the_batches_are_the_same_with_any_number_of_threads(
-    reader: StoreReader, options: dict[str, Any], parts: set[tuple[str, int]]
+    reader: StoreReader, options: dict[str, Any], parts: set[int]
 ) -> None:
     expected = collect(reader, threads=1, **options)
     for threads in (2, 3, 7):
@@ -165,15 +166,15 @@ def test_the_batches_are_the_same_with_any_number_of_threads(
         for a, b in zip(found, expected, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         size = options.get("batch_tokens", 32) // len(options.get("own", (0,)))
-        assert max(n_tokens for _, n_tokens in parts) == -(-size // threads)
+        assert max(parts) == -(-size // threads)
 
 
 def test_few_values_are_decoded_in_two_parts(
-    reader: StoreReader, parts: set[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    reader: StoreReader, parts: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches_module, "_LEAST_VALUES", 1 << 16)
+    monkeypatch.setattr(batch_parts, "_LEAST_VALUES", 1 << 16)
     collect(reader, threads=7, batch_tokens=20)
-    assert max(n_tokens for _, n_tokens in parts) == 10
+    assert max(parts) == 10
 
 
 def test_all_threads_read_where_a_group_has_few_chunks(
@@ -227,15 +228,15 @@ def test_no_thread_is_left(reader: StoreReader, streams: int) -> None:
 def test_an_error_in_a_decoding_thread_reaches_the_user(
     reader: StoreReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = BatchSource._decode
+    decode = Decoder._decode_part
     calls = count(1)
 
-    def failing(source: BatchSource, codes: Any, token_N: Any, out_NLD: Any) -> None:
-        decode(source, codes, token_N, out_NLD)
+    def failing(decoder: Decoder, codes: Any, token_N: Any, out_NLD: Any) -> None:
+        decode(decoder, codes, token_N, out_NLD)
         if next(calls) == 8:
             raise FloatingPointError("the eighth")
 
-    monkeypatch.setattr(BatchSource, "_decode", failing)
+    monkeypatch.setattr(Decoder, "_decode_part", failing)
     before = set(threading.enumerate())
     source = BatchSource(reader, BatchConfig(layers=(1,), batch_tokens=20, threads=2))
     with source.batches() as batches:

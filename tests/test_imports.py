@@ -16,6 +16,7 @@ HARVEST_SIDE = {
 }
 TRAINING_SIDE = {
     "batches",
+    "batch_parts",
     "batch_slots",
     "train",
     "ray_train",
