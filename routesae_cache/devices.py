@@ -42,4 +42,4 @@ def own_cores() -> int:
 def batch_threads(cores: float) -> int:
     """Threads that read a store's batches, and as many that decode them, where there are so many
     cores."""
-    return min(max(int(cores), _FEWEST_THREADS), _MOST_THREADS)
+    return int(min(max(_FEWEST_THREADS, cores), _MOST_THREADS))

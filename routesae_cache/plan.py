@@ -20,7 +20,8 @@ from routesae_cache.saes.config import SaeConfig
 from routesae_cache.saes.cost import matrix_weights, training_multiply_adds
 from stores.codecs import Bf16Codec, DeltaCodec, Int8Codec, ResidualCodec
 
-Place = Literal["GPU", "cores", "network", "storage"]
+Place = Literal["GPU", "link", "cores", "network", "storage"]
+"""`link`: between a GPU and its host."""
 _BFLOAT16, _FLOAT32 = 2, 4  # bytes: a residual leaves the GPU as the former, comes as the latter
 _ADAM_BYTES = 28  # a weight: itself, two moments and a gradient are read, three written
 COMPARED: tuple[ResidualCodec, ...] = (
@@ -247,9 +248,9 @@ def _training(setting: Setting, rates: Rates) -> StagePlan:
     if rates.memory_bandwidth is not None:
         seconds = steps * weights * _ADAM_BYTES / rates.memory_bandwidth
         parts.append(Part("Adam", "GPU", seconds))
-    if rates.transfer_bytes is not None:
-        seconds = each * len(wanted) * width * _FLOAT32 / rates.transfer_bytes
-        parts.append(Part("copies", "GPU", seconds))
+    if rates.pinned_bytes is not None:
+        seconds = each * len(wanted) * width * _FLOAT32 / rates.pinned_bytes
+        parts.append(Part("copies", "link", seconds))
     if setting.ranks > 1:
         sent = 2 * (1 - 1 / setting.ranks) * weights * _FLOAT32
         parts.append(Part("gradients", _computing(rates), steps * sent / rates.reduce_bytes))

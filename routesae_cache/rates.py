@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, NamedTuple
+
+from routesae_cache import devices
 
 CPU = "cpu"
 Basis = Literal["measured", "data sheet", "program", "assumed", "given"]
@@ -97,7 +98,10 @@ class Rates:
         None, "cores", "measured", "of the one machine that all workers share"
     )
     transfer_bytes: float | None = _rate(
-        10e9, "bytes/s", "assumed", "between a GPU and its host, from pageable memory"
+        10e9, "bytes/s", "assumed", "from a GPU to its host, into pageable memory"
+    )
+    pinned_bytes: float | None = _rate(
+        25e9, "bytes/s", "assumed", "to a GPU from pinned memory, beside what it computes"
     )
     network_bytes: float | None = _rate(3.1e9, "bytes/s", "assumed", "of each worker: 25 Gbit/s")
     reduce_bytes: float = _rate(
@@ -116,7 +120,9 @@ class Rates:
     decode_ns_int8: float = _rate(0.6, "core-ns a value", "measured", "read, check, decode")
     decode_ns_delta: float = _rate(1.7, "core-ns a value", "measured", "read, check, decode")
     normalise_ns: float = _rate(3.0, "core-ns a value", "measured", "of the layers wanted")
-    reader_threads: float = _rate(4.0, "threads", "program", "that read and decode, each rank")
+    reader_threads: float = _rate(
+        MISSING, "threads", "program", "that decode, and as many that read, each rank"
+    )
 
     storage_price: float = _rate(0.023, "USD", "assumed", "a GB and month in an object store, 2026")
     storage_months: float = _rate(1.0, "months", "assumed", "that the store is kept")
@@ -191,13 +197,14 @@ def rates_for(gpu: str, given: Mapping[str, Any]) -> Rates:
         if type(value) not in (int, float):
             raise RateError(f"{name}: expected a number, found {value!r}")
     if gpu == CPU:
-        own: dict[str, Any] = _this_machine(float(given.get("cores", _core_count())))
+        own: dict[str, Any] = _this_machine(float(given.get("cores", devices.cores())))
     elif gpu in GPUS:
         own = dataclasses.asdict(GPUS[gpu])
     else:
         raise RateError(f"no GPU is called {gpu!r}; expected {', '.join(GPUS)} or {CPU}")
-    numbers = {name: float(value) for name, value in given.items()}
-    return Rates(gpu=gpu, given=frozenset(given), **{**own, **numbers})
+    own |= {name: float(value) for name, value in given.items()}
+    threads = {"reader_threads": float(devices.batch_threads(own.get("cores", Rates.cores)))}
+    return Rates(gpu=gpu, given=frozenset(given), **threads | own)
 
 
 def _this_machine(cores: float) -> dict[str, float | None]:
@@ -214,14 +221,11 @@ def _this_machine(cores: float) -> dict[str, float | None]:
         "sae_utilisation": 1.0,
         "sae_products": 1.0,
         "cores": cores,
-        "machine_cores": _core_count(),
+        "machine_cores": float(devices.cores()),
         "memory_bandwidth": None,
         "transfer_bytes": None,
+        "pinned_bytes": None,
         "network_bytes": None,
         "storage_bytes": 1.3e9,
         "start_seconds": 20.0,
     }
-
-
-def _core_count() -> float:
-    return float(len(os.sched_getaffinity(0)))

@@ -48,6 +48,7 @@ RATES = Rates(
     price_per_hour=36.0,
     cores=8.0,
     transfer_bytes=1e7,
+    pinned_bytes=5e6,
     network_bytes=1e6,
     reduce_bytes=1e8,
     storage_bytes=4e6,
@@ -56,6 +57,7 @@ RATES = Rates(
     encode_ns_bf16=1000.0,
     decode_ns_bf16=500.0,
     normalise_ns=250.0,
+    reader_threads=4.0,
     storage_price=100.0,
     storage_months=2.0,
     egress_price=10.0,
@@ -92,15 +94,15 @@ def test_an_example_by_hand() -> None:
     # 100 steps, 2 x 512 x 64 weights: 28 bytes at 1e7; 2 x 1/2 x 4 bytes at 1e8
     assert training["Adam"] == ("GPU", pytest.approx(18.35008))
     assert training["gradients"] == ("GPU", pytest.approx(0.262144))
-    # 50,000 tokens of 128 values, 4 bytes at 1e7; 500 + 250 ns on the 4 threads that read
-    assert training["copies"] == ("GPU", pytest.approx(2.56))
+    # 50,000 tokens of 128 values, 4 bytes at 5e6; 500 + 250 ns on the 4 threads that decode
+    assert training["copies"] == ("link", pytest.approx(5.12))
     assert training["decode"] == ("cores", pytest.approx(1.2))
     # 100,000 x 128 x 12.6 bits
     assert found.training.n_bytes == pytest.approx(20_160_000)
     assert training["storage"] == ("storage", pytest.approx(5.04))
     assert training["network"] == ("network", pytest.approx(10.08))
     assert found.training.bottleneck.what == "SAE steps"
-    assert found.training.seconds == pytest.approx(5 + 131.072 + 18.35008 + 0.262144 + 2.56)
+    assert found.training.seconds == pytest.approx(5 + 131.072 + 18.35008 + 0.262144)
     assert found.storage_dollars == pytest.approx(0.0264241152 * 200)
     assert found.egress_dollars == pytest.approx(0.02016 * 10)
     parts = (found.harvest.dollars, found.training.dollars, 5.28482304, 0.2016)
@@ -165,11 +167,12 @@ def _all(stage):  # type: ignore[no-untyped-def]
     [
         ({"bf16_flops": 1e6}, "harvest", "model"),
         ({"encode_ns_bf16": 1e9}, "harvest", "encode"),
+        ({"transfer_bytes": 1e3}, "harvest", "copies"),
         ({"network_bytes": 1e3}, "harvest", "network"),
         ({"storage_bytes": 1e3}, "harvest", "storage"),
         ({"float32_flops": 1e5}, "training", "SAE steps"),
         ({"reader_threads": 1e-3}, "training", "decode"),
-        ({"transfer_bytes": 1e3}, "training", "copies"),
+        ({"pinned_bytes": 1e3}, "training", "copies"),
         ({"memory_bandwidth": 1e3}, "training", "Adam"),
         ({"reduce_bytes": 1e3}, "training", "gradients"),
         ({"network_bytes": 1e3}, "training", "network"),
@@ -280,6 +283,25 @@ def test_rates_of_a_gpu_and_given_ones() -> None:
     assert figures["model_utilisation"].basis == "assumed"
     assert "machine_cores" not in figures
     assert all(figure.note for figure in rates.figures())
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, 16),
+        ({"cores": 8}, 8),
+        ({"cores": 1}, 2),
+        ({"cores": 64}, 16),
+        ({"reader_threads": 3}, 3),
+    ],
+)
+def test_a_training_decodes_on_the_cores_there_are(given: dict[str, float], threads: float) -> None:
+    rates = rates_for("h100", given)
+    assert rates.reader_threads == threads
+    decoding = next(p.seconds for p in plan(SETTING, rates).training.parts if p.what == "decode")
+    each, values = 50_000, 128
+    alone = each * values * (rates.decode_ns_bf16 + rates.normalise_ns) * 1e-9
+    assert decoding == pytest.approx(alone / min(threads, rates.cores))
 
 
 def test_rates_of_this_machine_are_measured() -> None:
