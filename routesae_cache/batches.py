@@ -84,13 +84,10 @@ class BatchSource:
     def __init__(self, reader: StoreReader, config: BatchConfig) -> None:
         """IncompleteStoreError where chunks are missing; ValueError for layers there are not."""
         self._reader, self._config = reader, config
-        self._wanted = reader.spec.positions(config.layers)
-        self._positions = reader.spec.codec.required(self._wanted)
+        codec, wanted = reader.spec.codec, reader.spec.positions(config.layers)
+        self._positions = codec.required(wanted)
         self._decoder = Decoder(
-            codec=reader.spec.codec,
-            positions=self._positions,
-            wanted=self._wanted,
-            norm=config.norm,
+            codec=codec, positions=self._positions, wanted=wanted, norm=config.norm
         )
         chunks = reader.chunks(config.split) if config.chunks is None else config.chunks
         self._chunks = list(chunks)
@@ -135,7 +132,9 @@ class BatchSource:
     @contextmanager
     def batches(self, start: int = 0) -> Generator[Iterator[Batch]]:
         """Batches from number `start` on, made in the background while the block is open."""
-        threads = self._config.threads or batch_threads(own_cores())
+        threads = self._config.threads
+        if threads is None:
+            threads = batch_threads(own_cores())
         with open_pools(threads) as pools, ExitStack() as reading:
             streams = self._config.own
             parts = [reading.enter_context(self._read(each, start, pools)) for each in streams]
@@ -146,7 +145,7 @@ class BatchSource:
         """Each batch's part from one stream."""
         size, rest = divmod(self._config.batch_tokens, len(self._config.own))
         assert not rest
-        shape = (size, len(self._wanted), self._reader.spec.width)
+        shape = (size, len(self._config.layers), self._reader.spec.width)
         slots = make_slots(shape, self._config.device)
         fill = partial(self._produce, stream, start, size, pools)
         with filled_in_background(fill, slots) as produced:
@@ -228,19 +227,24 @@ class BatchSource:
         self, chunks: NDArray[np.int64], rng: np.random.Generator, buffer: Codes, pools: Pools
     ) -> Callable[[], _Group]:
         """Begin to read a group; returns what waits for it."""
-        places = [(int(c), i * self._chunk_tokens()) for i, c in enumerate(chunks)]
+        read, size = pools.read, self._chunk_tokens()
+        begins = range(0, len(chunks) * size, size)
         layers = shares(len(self._positions), math.ceil(pools.threads / len(chunks)))
-        rows = pools.read.map(self._load_rows, *zip(*places, strict=True))
-        codes = [
-            pools.read.submit(self._load_codes, buffer, *place, share)
-            for place in places
-            for share in layers
+        reads = [
+            (
+                read.submit(self._load_rows, chunk, begin),
+                [read.submit(self._load_codes, buffer, chunk, begin, each) for each in layers],
+            )
+            for chunk, begin in zip(chunks.tolist(), begins, strict=True)
         ]
 
         def loaded() -> _Group:
-            columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
-            for each in codes:
-                each.result()
+            parts = []
+            for rows, codes in reads:
+                parts.append(rows.result())
+                for each in codes:
+                    each.result()
+            columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
             if self._config.shuffle:
                 order = rng.permutation(len(columns[0]))
                 columns = [column[order] for column in columns]

@@ -40,6 +40,5 @@ def own_cores() -> int:
 
 
 def batch_threads(cores: float) -> int:
-    """Threads that read a store's batches, and as many that decode them, where there are so many
-    cores."""
+    """Threads to read a store's batches with, and as many to decode them, on so many cores."""
     return int(min(max(_FEWEST_THREADS, cores), _MOST_THREADS))
