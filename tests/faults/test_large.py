@@ -1,15 +1,10 @@
 """Large stores: memory does not grow with them, and they open at once.
 
-A hundred times the rows that are in memory together, of few tokens and a tiny width; and the shape
-of Llama-3.2-1B with few rows.
+A hundred times the rows that are in memory together, of few tokens and a tiny width.
 """
 
 from __future__ import annotations
 
-import multiprocessing.util
-import resource
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +13,13 @@ import pytest
 
 from stores.codecs import Bf16Codec
 from stores.layout import TokenRows
-from stores.reader import StoreReader
 from stores.spec import StoreSpec
 from stores.writer import StoreWriter
-from tests.faults.processes import running
+from tests.faults.peak import SECONDS_TO_OPEN, peak, seconds_to_open
 from tests.faults.tally import Tally
 from tests.store_helpers import encoded_chunk, store_spec
 
-SECONDS_TO_OPEN = 1.0
 VOCAB = 300
-
-
-@dataclass(frozen=True)
-class TellsPeak:
-    """Writes down the most memory that its process ever had."""
-
-    path: Path
-
-    def __call__(self) -> None:
-        multiprocessing.util.Finalize(None, self._write, exitpriority=0)
-
-    def _write(self) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.path.write_text(str(peak * 1024))
 
 
 def synthetic(path: Path, *, chunks: int, **sizes: Any) -> StoreSpec:
@@ -71,25 +50,6 @@ def synthetic(path: Path, *, chunks: int, **sizes: Any) -> StoreSpec:
     return spec
 
 
-def peak(folder: Path, *arguments: object) -> int:
-    """Bytes of memory that a command had at most."""
-    told = folder / "peak"
-    with running(folder, *arguments, first=TellsPeak(told)) as command:
-        assert command.code() == 0, command.output()
-    return int(told.read_text())
-
-
-def seconds_to_open(path: Path) -> float:
-    """Of the quickest of three: others use the machine, too."""
-
-    def once() -> float:
-        begin = time.perf_counter()
-        StoreReader(path)
-        return time.perf_counter() - begin
-
-    return min(once() for _ in range(3))
-
-
 @pytest.fixture(scope="module")
 def many_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Stores of 30 and 300 thousand rows: 17 and 155 MB of codes."""
@@ -98,18 +58,6 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     small, large = folder / "small.zarr", folder / "large.zarr"
     synthetic(small, chunks=8, **sizes)
     assert synthetic(large, chunks=74, **sizes).rows == 303_104
-    return small, large
-
-
-@pytest.fixture(scope="module")
-def llama_shape(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Stores of 16 layers of width 2048: 17 and 168 MB of codes."""
-    folder = tmp_path_factory.mktemp("llama-shape")
-    sizes = {"layers": tuple(range(1, 17)), "n_blocks": 16, "width": 2048}
-    sizes |= {"context": 64, "chunk_rows": 2, "eval_target": 1}
-    small, large = folder / "small.zarr", folder / "large.zarr"
-    synthetic(small, chunks=2, **sizes)
-    synthetic(large, chunks=20, **sizes)
     return small, large
 
 
@@ -141,24 +89,6 @@ def test_memory_does_not_grow_with_rows(
     tally.add("ten times the rows")
 
 
-@pytest.mark.parametrize("name", ["verify", "recode"])
-def test_memory_does_not_grow_with_chunks_of_a_large_model(
-    name: str, llama_shape: Any, tmp_path: Path, tally: Tally
-) -> None:
-    found = []
-    for store in llama_shape:
-        folder = tmp_path / store.stem
-        folder.mkdir()
-        options = {
-            "verify": ["store", "verify", store],
-            "recode": ["store", "recode", store, "t.zarr", "--codec", "delta"],
-        }
-        found.append(peak(folder, *options[name]))
-    small, large = found
-    assert large - small < 60e6, f"{small / 1e6:.0f} and {large / 1e6:.0f} MB"
-    tally.add("ten times the rows")
-
-
-def test_opening_takes_no_second(many_rows: Any, llama_shape: Any) -> None:
-    for _, large in (many_rows, llama_shape):
-        assert seconds_to_open(large) < SECONDS_TO_OPEN
+def test_opening_takes_no_second(many_rows: Any) -> None:
+    _, large = many_rows
+    assert seconds_to_open(large) < SECONDS_TO_OPEN
