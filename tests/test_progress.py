@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from rich.progress import Progress
 
 from cli import console
 from cli.harvesting import HarvestBar
-from cli.training import _Display
 from routesae_cache.harvest import HarvestProgress
-from routesae_cache.train import TrainProgress
+from routesae_cache.lm import LanguageModel
+from routesae_cache.runs import Run
+from tests.command_helpers import routesae
+from tests.store_helpers import fill_store, store_spec
 
 
 class Clock:
@@ -75,10 +79,73 @@ def test_of_a_harvest_whose_tokens_came_quickly(bar: Callable[..., None], clock:
     assert seconds_left() == pytest.approx(90.0, rel=0.15)
 
 
-def test_of_a_training_that_goes_on(clock: Clock) -> None:
-    display = _Display(_Kept(get_time=clock), lambda: False)
-    display.begin(5000, 6000)
-    for step in range(5001, 5011):
-        clock.now += 3.0
-        display.update(TrainProgress(step, 6000, 10, []))
-    assert seconds_left() == pytest.approx(3.0 * 990, rel=0.15)
+class Work:
+    """Is done instead of a function: takes longer, notes what is said to be left before it."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock, self._seconds = clock, seconds
+        self.stop_at: int | None = None
+        self.said: list[tuple[float, float | None]] = []
+
+    def instead_of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def work(*args: Any, **kwargs: Any) -> Any:
+            if len(self.said) == self.stop_at:
+                self.stop_at = None
+                signal.raise_signal(signal.SIGINT)
+            self.said.append((self._clock.now, _Kept.last.tasks[0].time_remaining))
+            self._clock.now += self._seconds
+            return function(*args, **kwargs)
+
+        return work
+
+    def assert_right(self) -> None:
+        """Once there was something to go by."""
+        for now, left in self.said[len(self.said) // 4 :]:
+            assert left == pytest.approx(self._clock.now - now, rel=0.15)
+        assert _Kept.last.tasks[0].percentage == 100
+        self.said.clear()
+
+
+def test_of_a_harvest_and_one_that_goes_on(
+    clock: Clock,
+    tiny_model_dir: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = Work(clock, 2.0)
+    residuals = work.instead_of(LanguageModel.residuals)
+    monkeypatch.setattr("routesae_cache.lm._check_causal", lambda lm: None)
+    monkeypatch.setattr(LanguageModel, "residuals", residuals)
+    command = ["harvest", "--model", tiny_model_dir, "--dataset", tiny_corpus, "--layers", "1-3"]
+    command += ["--tokens", 1500, "--eval-tokens", 60, "--context", 16, "--chunk-rows", 4]
+    command += ["--batch-rows", 2, "--device", "cpu", "--out"]
+    assert routesae(*command, tmp_path / "a.zarr").exit_code == 0
+    assert len(work.said) > 40
+    work.assert_right()
+    work.stop_at = 20
+    assert routesae(*command, tmp_path / "b.zarr").exit_code == 130
+    work.said.clear()
+    assert routesae(*command, tmp_path / "b.zarr").exit_code == 0
+    assert 20 < len(work.said) < 40
+    work.assert_right()
+
+
+def test_of_a_training_and_one_that_goes_on(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work(clock, 3.0)
+    monkeypatch.setattr(Run, "update", work.instead_of(Run.update))
+    monkeypatch.setattr("rich.progress.Progress", partial(_Kept, get_time=clock))
+    store = fill_store(tmp_path / "s.zarr", store_spec(train_rows=60)).path
+    command = ["train", store, "--sae", "topk", "--layer", 2, "--latents", 16, "--k", 2]
+    command += ["--batch-tokens", 4, "--device", "cpu", "--resume", "--out"]
+    assert routesae(*command, tmp_path / "a").exit_code == 0
+    assert len(work.said) > 40
+    work.assert_right()
+    work.stop_at = 20
+    assert routesae(*command, tmp_path / "b").exit_code == 130
+    work.said.clear()
+    assert routesae(*command, tmp_path / "b").exit_code == 0
+    assert 20 < len(work.said) < 40
+    work.assert_right()
