@@ -87,8 +87,11 @@ _WAITING = {"waiting": "waiting for token rows", "loading": "workers load the mo
 class HarvestBar:
     """Turns a harvest's progress into one line."""
 
-    def __init__(self, update: Callable[..., None]) -> None:
-        self._update, self._phase, self._start = update, "", 0.0
+    def __init__(
+        self, update: Callable[..., None], get_time: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._update, self._get_time = update, get_time
+        self._phase, self._start, self._done = "", 0.0, 0
         self.bytes_written = 0
 
     def __call__(self, state: HarvestProgress) -> None:
@@ -97,17 +100,19 @@ class HarvestBar:
             self._update(note=f"{_WAITING[state.phase]}, {duration(state.done)}")
             return
         if state.phase != self._phase:
-            self._phase, self._start = state.phase, time.perf_counter()
+            self._phase, self._start, self._done = state.phase, self._get_time(), state.done
             self._update(begin=0)  # token rows come a hundred times as fast as residuals
         self.bytes_written = state.bytes_written
-        rate = state.done / max(time.perf_counter() - self._start, 1e-9)
-        note = f"{rate:,.0f} tokens/s"
+        notes = []
+        if state.done > self._done:  # the first of them took a time that is not known
+            rate = (state.done - self._done) / max(self._get_time() - self._start, 1e-9)
+            notes.append(f"{rate:,.0f} tokens/s")
         if state.workers:
-            note += f", {_workers(state.workers)}"
+            notes.append(_workers(state.workers))
         elif state.bytes_written:
             bits = 8 * state.bytes_written / max(state.values_written, 1)
-            note += f", {size(state.bytes_written)}, {16 / bits:.1f}x under bf16"
-        self._update(completed=state.done, total=state.total, note=note)
+            notes.append(f"{size(state.bytes_written)}, {16 / bits:.1f}x under bf16")
+        self._update(completed=state.done, total=state.total, note=", ".join(notes))
 
 
 @contextmanager

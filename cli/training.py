@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -262,7 +261,6 @@ class _Display:
         self._bar, self._stopped = bar, stopped
         self._task = bar.add_task("Training", total=None, note="")
         self._runs: Sequence[RunState] = ()
-        self._begin = time.perf_counter()
 
     def begin(self, step: int, total_steps: int) -> None:
         """Where it begins: steps of earlier calls are no measure of the speed of this one."""
@@ -270,7 +268,7 @@ class _Display:
 
     def update(self, state: TrainProgress) -> None:
         self._runs = state.runs
-        rate = state.tokens / (time.perf_counter() - self._begin)
+        rate = state.tokens / max(self._bar.tasks[0].elapsed or 0.0, 1e-9)
         self._bar.update(
             self._task,
             completed=state.step,

@@ -59,6 +59,10 @@ def seconds_left() -> float:
     return left
 
 
+def note() -> str:
+    return str(_Kept.last.tasks[0].fields["note"])
+
+
 def test_of_what_goes_on_in_the_middle(bar: Callable[..., None], clock: Clock) -> None:
     bar(begin=900)
     for done in range(901, 911):
@@ -69,13 +73,14 @@ def test_of_what_goes_on_in_the_middle(bar: Callable[..., None], clock: Clock) -
 
 
 def test_of_a_harvest_whose_tokens_came_quickly(bar: Callable[..., None], clock: Clock) -> None:
-    show = HarvestBar(bar)
+    show = HarvestBar(bar, clock)
     for done in range(100, 1100, 100):
         clock.now += 0.01
         show(HarvestProgress(phase="tokens", done=done, total=1000))
     for done in range(10, 110, 10):
         clock.now += 1.0
         show(HarvestProgress(phase="residuals", done=done, total=1000))
+        assert note() == ("" if done == 10 else "10 tokens/s")
     assert seconds_left() == pytest.approx(90.0, rel=0.15)
 
 
@@ -134,18 +139,20 @@ def test_of_a_harvest_and_one_that_goes_on(
 def test_of_a_training_and_one_that_goes_on(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = Work(clock, 3.0)
+    work = Work(clock, 2.0)
     monkeypatch.setattr(Run, "update", work.instead_of(Run.update))
     monkeypatch.setattr("rich.progress.Progress", partial(_Kept, get_time=clock))
-    store = fill_store(tmp_path / "s.zarr", store_spec(train_rows=60)).path
+    store = fill_store(tmp_path / "s.zarr", store_spec(context=20, train_rows=60)).path
     command = ["train", store, "--sae", "topk", "--layer", 2, "--latents", 16, "--k", 2]
-    command += ["--batch-tokens", 4, "--device", "cpu", "--resume", "--out"]
+    command += ["--batch-tokens", 20, "--device", "cpu", "--resume", "--out"]
     assert routesae(*command, tmp_path / "a").exit_code == 0
     assert len(work.said) > 40
     work.assert_right()
+    assert note() == "10 tokens/s"
     work.stop_at = 20
     assert routesae(*command, tmp_path / "b").exit_code == 130
     work.said.clear()
     assert routesae(*command, tmp_path / "b").exit_code == 0
     assert 20 < len(work.said) < 40
     work.assert_right()
+    assert note() == "10 tokens/s"
