@@ -22,6 +22,7 @@ import tokenizers
 import torch
 import transformers
 
+from tests.browser import driver  # noqa: F401  (a fixture)
 from tests.chat_server import chat_environment, server  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)  # of tiny tensors: more would only wait for each other

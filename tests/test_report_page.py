@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,38 +17,11 @@ from selenium.webdriver.common.keys import Keys
 from routesae_cache.report.build import ReportConfig, build_report
 from routesae_cache.report.charts import Look, theme
 from routesae_cache.report.page import render
+from tests.browser import missing_browser
 from tests.report_helpers import EXPLANATION, HARM, SAES, Stages, make_stages
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 DESK = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-
-
-def missing_browser() -> None:
-    message = (
-        "NO BROWSER, THE REPORT'S PAGE IS NOT TESTED: apt-get install chromium chromium-driver"
-    )
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    print(f"\n{message}", file=sys.__stderr__)
-    pytest.skip(message)
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    if CHROMIUM is None or DRIVER is None:
-        missing_browser()
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
 
 from routesae_cache.json_files import read_json, write_json
 from routesae_cache.report.build import ReportConfig, build_report
@@ -17,7 +15,6 @@ from routesae_cache.report.page import render
 from tests import report_helpers
 from tests.faults.tally import Tally
 from tests.report_helpers import Stages, make_stages
-from tests.test_report_page import CHROMIUM, DRIVER, FLAGS, missing_browser
 
 RUN = "window.harmed=1"
 ATTACKS = (
@@ -98,22 +95,6 @@ def address(stages: Stages) -> str:
     assets = stages.root / "assets"
     build_report(ReportConfig(root=stages.root, out=out, assets=assets, model=str(stages.model)))
     return out.as_uri()
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    if CHROMIUM is None or DRIVER is None:
-        missing_browser()
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 def test_every_view_shows_it_and_runs_none(
