@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from tests.pipeline_helpers import array_files, config, run, topk
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
+    from typer.testing import Result
 
 LAYERS = (1, 2, 3)
 SAES = [
@@ -69,43 +70,37 @@ def one_killed(module: ModuleType) -> Iterator[list[Pool[Any, Any]]]:
         yield found
 
 
-def test_contexts(
-    cluster: Cluster,
-    reader: StoreReader,
-    runs: list[Path],
-    tiny_model_dir: Path,
-    tmp_path: Path,
-) -> None:
-    command = ["contexts", reader.path, *runs, "--threshold", 0.5, "--format", "delphi"]
-    command += ["--batch-tokens", 50, "--model", tiny_model_dir, "--out"]
-    here = routesae(*command, tmp_path / "here")
-    with one_killed(ray_contexts) as pools:
-        ray = ["--ray", cluster.address, "--workers", 2]
-        there = routesae(*command, tmp_path / "there", *ray)
-    assert there.exit_code == 0, there.output
-    assert sum(place.deaths for place in pools[0].places) >= 1
+@pytest.fixture
+def here_and_there(
+    cluster: Cluster, reader: StoreReader, runs: list[Path], tiny_model_dir: Path, tmp_path: Path
+) -> Callable[..., tuple[Result, Result]]:
+    """Run a command in one process and on Ray, where a worker dies: it prints the same."""
+
+    def both(module: ModuleType, command: str, out: str, *options: object) -> tuple[Result, Result]:
+        words = [command, reader.path, *runs, *options, "--model", tiny_model_dir, out]
+        here = routesae(*words, tmp_path / "here")
+        with one_killed(module) as pools:
+            ray = ["--ray", cluster.address, "--workers", 2]
+            there = routesae(*words, tmp_path / "there", *ray)
+        assert there.exit_code == 0, there.output
+        assert sum(place.deaths for place in pools[0].places) >= 1
+        assert here.stdout.replace("/here", "/there") == there.stdout
+        return here, there
+
+    return both
+
+
+def test_contexts(here_and_there: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--threshold", 0.5, "--format", "delphi", "--batch-tokens", 50]
+    here, there = here_and_there(ray_contexts, "contexts", "--out", *options)
     assert "which another takes" in there.stderr
-    assert here.stdout.replace("/here", "/there") == there.stdout
     assert "No interpretable latent" not in here.output
     assert array_files(tmp_path / "there") == array_files(tmp_path / "here")
     assert not list((tmp_path / "there").glob(".parts*"))
 
 
-def test_spliced(
-    cluster: Cluster,
-    reader: StoreReader,
-    runs: list[Path],
-    tiny_model_dir: Path,
-    tmp_path: Path,
-) -> None:
-    command = ["evaluate", reader.path, *runs, "--spliced", "--rows", 50]
-    command += ["--batch-tokens", 48, "--model", tiny_model_dir, "--json"]
-    here = routesae(*command, tmp_path / "here")
-    with one_killed(ray_splicing) as pools:
-        ray = ["--ray", cluster.address, "--workers", 2]
-        there = routesae(*command, tmp_path / "there", *ray)
-    assert there.exit_code == 0, there.output
-    assert sum(place.deaths for place in pools[0].places) >= 1
+def test_spliced(here_and_there: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--spliced", "--rows", 50, "--batch-tokens", 48]
+    _, there = here_and_there(ray_splicing, "evaluate", "--json", *options)
     assert "Spliced into tiny-llama on 50 rows" in there.stdout
-    assert here.stdout.replace("/here", "/there") == there.stdout
     assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
