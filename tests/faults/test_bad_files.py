@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,73 +65,81 @@ def variants(record: Any) -> Iterator[tuple[str, Any]]:
     yield from ((f"{value!r:.40}", value) for value in VALUES if value is not GONE)
 
 
-def test_a_stores_attributes(place: Place, tally: Tally) -> None:
-    file = place.folder / "s.zarr" / "zarr.json"
-    original = json.loads(file.read_bytes())
-    wrong, tried = [], 0
+def refused_or_harmless(
+    place: Place,
+    file: Path,
+    records: Iterable[tuple[str, Any]],
+    read: Callable[[], object],
+    refusal: tuple[type[Exception], str],
+    *commands: str,
+) -> int:
+    """Try records in a file; returns how many.
+
+    `read` refuses each of them with an error of that kind and with those words in it, or the
+    commands come to no bad end.
+    """
+    original, wrong, tried = file.read_bytes(), [], 0
+    kind, named = refusal
     try:
-        for what, record in variants(original["attributes"][ATTRIBUTE]):
-            file.write_text(json.dumps(original | {"attributes": {ATTRIBUTE: record}}))
+        for what, record in records:
+            file.write_text(json.dumps(record))
             tried += 1
             try:
                 with no_hang(60):
-                    StoreReader(file.parent).chunks("all", complete=False)
-            except StoreError as error:
-                if "s.zarr" not in str(error):
+                    read()
+            except kind as error:
+                if named not in str(error):
                     wrong.append(f"{what}: {error}")
                 continue
-            for words in ("store info", "store verify"):
-                told = fault(place, line(words, COMMANDS[words], place, {}))
-                wrong += [f"{what}: {told}"] if told else []
-    finally:
-        file.write_text(json.dumps(original))
-    assert not wrong, "\n".join(wrong)
-    tally.add("a bad value in a store's attributes", tried=tried, survived=tried)
-
-
-def test_a_runs_configuration(place: Place, tally: Tally) -> None:
-    file = place.folder / "run" / CONFIG
-    original, record = file.read_bytes(), read_json(file)
-    wrong, tried = [], 0
-    try:
-        for what, bad in variants(record):
-            file.write_text(json.dumps(bad))
-            tried += 1
-            try:
-                with no_hang(60):
-                    load_run(file.parent)
-            except RunError as error:
-                if str(file.parent) not in str(error):
-                    wrong.append(f"{what}: {error}")
-                continue
-            for words in ("evaluate", "export"):
+            for words in commands:
                 told = fault(place, line(words, COMMANDS[words], place, {}))
                 wrong += [f"{what}: {told}"] if told else []
     finally:
         file.write_bytes(original)
     assert not wrong, "\n".join(wrong)
+    return tried
+
+
+def test_a_stores_attributes(place: Place, tally: Tally) -> None:
+    store = place.folder / "s.zarr"
+    original = json.loads((store / "zarr.json").read_bytes())
+    tried = refused_or_harmless(
+        place,
+        store / "zarr.json",
+        (
+            (what, original | {"attributes": {ATTRIBUTE: record}})
+            for what, record in variants(original["attributes"][ATTRIBUTE])
+        ),
+        lambda: StoreReader(store).chunks("all", complete=False),
+        (StoreError, "s.zarr"),
+        *("store info", "store verify"),
+    )
+    tally.add("a bad value in a store's attributes", tried=tried, survived=tried)
+
+
+def test_a_runs_configuration(place: Place, tally: Tally) -> None:
+    run = place.folder / "run"
+    tried = refused_or_harmless(
+        place,
+        run / CONFIG,
+        variants(read_json(run / CONFIG)),
+        lambda: load_run(run),
+        (RunError, str(run)),
+        *("evaluate", "export"),
+    )
     tally.add("a bad value in a run's config.json", tried=tried, survived=tried)
 
 
 def test_contexts(place: Place, tally: Tally) -> None:
     file = place.folder / "contexts.json"
-    original, record = file.read_bytes(), read_json(file)
-    wrong, tried = [], 0
-    try:
-        for what, bad in variants(record):
-            file.write_text(json.dumps(bad))
-            tried += 1
-            try:
-                read_excerpts(file, sample=3, seed=0, hold_out=True)
-            except ValueError as error:
-                if str(file) not in str(error):
-                    wrong.append(f"{what}: {error}")
-                continue
-            told = fault(place, line("interpret", COMMANDS["interpret"], place, {}))
-            wrong += [f"{what}: {told}"] if told else []
-    finally:
-        file.write_bytes(original)
-    assert not wrong, "\n".join(wrong)
+    tried = refused_or_harmless(
+        place,
+        file,
+        variants(read_json(file)),
+        lambda: read_excerpts(file, sample=3, seed=0, hold_out=True),
+        (ValueError, str(file)),
+        "interpret",
+    )
     tally.add("a bad value in contexts", tried=tried, survived=tried)
 
 
