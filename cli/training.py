@@ -81,24 +81,11 @@ WandbMode = Annotated[
 ]
 
 
-def log_config(
-    log: list[str] | None,
-    *,
-    wandb_project: str | None,
-    wandb_name: str | None,
-    wandb_group: str | None,
-    wandb_mode: WandbModeKind | None,
-) -> LogConfig:
-    """The loggers that the options describe; ValueError for unknown ones."""
+def log_config(log: list[str] | None, **wandb: str | None) -> LogConfig:
+    """The loggers that the options describe, by their names; ValueError for unknown ones."""
     from routesae_cache.loggers import LogConfig
 
-    options = {
-        "wandb_project": wandb_project,
-        "wandb_name": wandb_name,
-        "wandb_group": wandb_group,
-        "wandb_mode": wandb_mode and wandb_mode.value,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: str(value) for name, value in wandb.items() if value is not None}
     config = LogConfig(to=tuple(log or ()), **given)  # type: ignore[arg-type]
     if given and "wandb" not in config.to:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
