@@ -270,12 +270,15 @@ def test_every_view_fits(size: Any, dark: bool, reader: Reader, stages: Stages) 
     reader.driver.execute_script("localStorage.clear()")
     run = stages.runs["route"].name
     latent = next(iter(json.loads(stages.contexts("route").read_text())["latents"]))
-    colours = set()
+    colours, background = set(), "return getComputedStyle(document.body).backgroundColor"
     for place in ("/overview", f"/latents/{run}", f"{run}/{latent}", "/routing"):
         reader.go(place)
         assert reader.script("return document.documentElement.scrollWidth") <= size["width"]
-        colours.add(reader.script("return getComputedStyle(document.body).backgroundColor"))
-    assert colours == {"rgb(15, 19, 28)" if dark else "rgb(246, 247, 249)"}
+        colours.add(reader.script(background))
+    themes = ["rgb(246, 247, 249)", "rgb(15, 19, 28)"]
+    assert colours == {themes[dark]}
+    reader.one("#theme").click()
+    assert reader.script(background) == themes[not dark]
     if size is PHONE:
         reader.all(".token")[3].click()
         assert reader.until(reader.one(".inspector.raised").is_displayed)
