@@ -175,7 +175,7 @@ def test_opening_a_latent(reader: Reader, stages: Stages) -> None:
     reader.all(".row")[1].click()
     shown = reader.one(".detail h2").text.split()[-1]
     assert reader.script("return location.hash") == f"#{run}/{shown}"
-    assert reader.one(".row[aria-selected=true] .index").text == shown
+    assert reader.texts(".row[aria-selected=true] .index") == [shown]
     reader.one("#list").send_keys(Keys.ARROW_UP)
     assert reader.one(".detail h2").text.split()[-1] != shown
     record = json.loads(stages.contexts("route").read_text())
@@ -292,7 +292,7 @@ def test_five_thousand_latents_are_browsed_smoothly(
     assert reader.one(".count").text == "5,000 of 5,000 latents"
     assert len(reader.all(".row")) < 50
     reader.one("#list").send_keys(Keys.END)
-    assert reader.until(lambda: reader.one(".row[aria-selected=true] .index").text == "0")
+    assert reader.until(lambda: reader.texts(".row[aria-selected=true] .index") == ["0"])
     assert len(reader.all(".row")) < 50
     seconds = reader.script("""
         const search = document.getElementById("search");
