@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from routesae_cache.tokens import load_tokenizer
 from stores.codecs import Bf16Codec
 from stores.layout import TokenRows
 from stores.spec import StoreSpec
@@ -51,10 +52,11 @@ def synthetic(path: Path, *, chunks: int, **sizes: Any) -> StoreSpec:
 
 
 @pytest.fixture(scope="module")
-def many_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def many_rows(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, Path]:
     """Stores of 30 and 300 thousand rows: 17 and 155 MB of codes."""
     folder = tmp_path_factory.mktemp("many-rows")
     sizes = {"layers": (1, 2), "width": 16, "context": 8, "chunk_rows": 4096, "eval_target": 1}
+    sizes |= {"tokenizer": load_tokenizer(str(tiny_model_dir)).identity()}
     small, large = folder / "small.zarr", folder / "large.zarr"
     synthetic(small, chunks=8, **sizes)
     assert synthetic(large, chunks=74, **sizes).rows == 303_104
@@ -62,11 +64,12 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 TRAIN = ["--sae", "topk", "--layer", 1, "--latents", 32, "--k", 4, "--batch-tokens", 16384]
+SPLIT = ["--split", "train", "--batch-tokens", 16384]
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "verify", "recode"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "contexts", "verify", "recode"])
 def test_memory_does_not_grow_with_rows(
-    name: str, many_rows: Any, tmp_path: Path, tally: Tally
+    name: str, many_rows: Any, tiny_model_dir: Path, tmp_path: Path, tally: Tally
 ) -> None:
     found = []
     for store in many_rows:
@@ -74,12 +77,16 @@ def test_memory_does_not_grow_with_rows(
         folder.mkdir()
         train = ["train", store, *TRAIN, "--out", "saes"]
         run = "saes/topk_k4_l1_f32_s42"
-        if name == "evaluate":
+        if name in ("evaluate", "contexts"):
             peak(folder, *train, "--tokens", 16384)
             run = str(next((folder / "saes").glob("[!.]*")))
         options = {
             "train": train,
-            "evaluate": ["evaluate", store, run, "--split", "train", "--batch-tokens", 16384],
+            "evaluate": ["evaluate", store, run, *SPLIT],
+            "contexts": [
+                *("contexts", store, run, *SPLIT, "--threshold", 0.1),
+                *("--model", tiny_model_dir, "--out", "contexts"),
+            ],
             "verify": ["store", "verify", store],
             "recode": ["store", "recode", store, "t.zarr", "--codec", "int8"],
         }
