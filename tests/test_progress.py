@@ -96,7 +96,7 @@ class Work:
         def work(*args: Any, **kwargs: Any) -> Any:
             if len(self.said) == self.stop_at:
                 self.stop_at = None
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
             self.said.append((self._clock.now, _Kept.last.tasks[0].time_remaining))
             self._clock.now += self._seconds
             return function(*args, **kwargs)
@@ -129,7 +129,7 @@ def test_of_a_harvest_and_one_that_goes_on(
     assert len(work.said) > 40
     work.assert_right()
     work.stop_at = 20
-    assert routesae(*command, tmp_path / "b.zarr").exit_code == 130
+    assert routesae(*command, tmp_path / "b.zarr").exit_code == 143
     work.said.clear()
     assert routesae(*command, tmp_path / "b.zarr").exit_code == 0
     assert 20 < len(work.said) < 40
@@ -150,7 +150,7 @@ def test_of_a_training_and_one_that_goes_on(
     work.assert_right()
     assert note() == "10 tokens/s"
     work.stop_at = 20
-    assert routesae(*command, tmp_path / "b").exit_code == 130
+    assert routesae(*command, tmp_path / "b").exit_code == 143
     work.said.clear()
     assert routesae(*command, tmp_path / "b").exit_code == 0
     assert 20 < len(work.said) < 40
