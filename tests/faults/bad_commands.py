@@ -86,6 +86,11 @@ class Place:
         """What there is."""
         return frozenset(self.folder.rglob("*"))
 
+    def files(self) -> dict[Path, tuple[int, int]]:
+        """What tells whether a file was written to."""
+        found = {path: path.lstat() for path in self.listing() if not path.is_dir()}
+        return {path: (about.st_mtime_ns, about.st_size) for path, about in found.items()}
+
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
         """Remove what the block makes."""
@@ -193,12 +198,14 @@ def fault(place: Place, arguments: list[str]) -> str | None:
     """What is wrong with the answer to a command line; None where it is right or accepted."""
     told = " ".join(argument[:80] for argument in arguments)
     with place.as_it_was():
-        before = place.listing()
+        before, files = place.listing(), place.files()
         try:
             result = invoke(arguments)
         except Reached:
             return None
         created = sorted(map(str, place.listing() - before))
+        now = place.files()
+        spoilt = sorted(str(path) for path, about in files.items() if now.get(path) != about)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return f"{told}: {result.exception!r:.300}"
     if result.exit_code == 2:
@@ -208,6 +215,8 @@ def fault(place: Place, arguments: list[str]) -> str | None:
             return f"{told}: a traceback"
         if created:
             return f"{told}: created {created[:5]} ({result.stderr.strip()[:200]})"
+        if spoilt:
+            return f"{told}: changed {spoilt[:5]} ({result.stderr.strip()[:200]})"
     elif result.exit_code not in (0, 1):
         return f"{told}: exit code {result.exit_code}"
     return None

@@ -62,10 +62,12 @@ def try_kills(
     while killed < kills:
         folder = folders()
         job.prepare(folder)
-        here = 0
+        here, before = 0, job.kept(folder)
         while kill(folder, job):
             here += 1
-            lost += differing(job.kept(folder), expected)
+            kept = job.kept(folder)
+            lost += differing(kept, expected) + [f"no {name}" for name in before.keys() - kept]
+            before = kept
             if killed + here == kills:
                 finished(folder, *job.arguments)
                 break

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import routesae_cache.batches
-import routesae_cache.train
+import routesae_cache.train_plan
 from routesae_cache.json_files import read_json
 from routesae_cache.lm import load_lm
 from stores.reader import StoreReader
@@ -78,7 +78,7 @@ def harvested(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def fewer_tokens_together() -> None:
     """So that a store of a few rows has more tokens than are in memory together."""
     routesae_cache.batches._GROUP_TOKENS = 256
-    routesae_cache.train._BIAS_SAMPLE = 256
+    routesae_cache.train_plan._BIAS_SAMPLE = 256
 
 
 def both(harvested: dict[str, Harvested], *arguments: object) -> tuple[int, int]:

@@ -46,6 +46,8 @@ def sins(source: str) -> list[str]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             bad = {name.partition(".")[0] for name in names} & FORBIDDEN_MODULES
+            if isinstance(node, ast.ImportFrom):  # where a call would not say whose it is
+                bad |= {f"{node.module}.{alias.name}" for alias in node.names} & FORBIDDEN_NAMES
             found += [f"import {name}" for name in sorted(bad)]
         if not isinstance(node, ast.Call):
             continue
@@ -84,6 +86,8 @@ def said(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 
 FORBIDDEN_MODULES = {"yaml", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+FORBIDDEN_NAMES = {"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"}
+FORBIDDEN_NAMES |= {"os.system", "os.popen", "shutil.unpack_archive"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
 FORBIDDEN_METHODS = {"extractall", "extract", "unpack_archive", "get_class_from_dynamic_module"}
 # a model's own code: where transformers is told, where its class is taken for an estimate, and
@@ -103,6 +107,8 @@ SINNERS = (
     "torch.load(f)",
     "torch.load(f, weights_only=False)",
     "pickle.loads(x)",
+    "from pickle import loads",
+    "from torch import load",
     "pickle.Unpickler(f)",
     "subprocess.run(x, shell=True)",
     "np.load(f, allow_pickle=True)",

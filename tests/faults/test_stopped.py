@@ -114,6 +114,7 @@ def test_a_stop(name: str, number: int, stops: Any, tmp_path: Path, tally: Tally
     assert program == "routesae"
     assert again[: len(stop.arguments)] == list(map(str, stop.arguments))
     assert not list(tmp_path.rglob("*.partial"))
+    assert stop.goes_on or not job.kept(tmp_path)
     finished(tmp_path, *again)
     assert job.result(tmp_path)
     tally.add("Ctrl-C and SIGTERM")
