@@ -244,7 +244,9 @@ def _save(
     kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     size = sum(value.nbytes for value in kept.values())
     with whole_file(path, size) as temporary:
-        save_tensors(kept, temporary, {**about, CHECKSUM: str(_checksum(kept, about))})
+        # one entry: safetensors writes several in any order
+        checksums = f"{_checksum(kept, about)} {_settings(path.parent)}"
+        save_tensors(kept, temporary, {**about, CHECKSUM: checksums})
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
@@ -258,14 +260,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) 
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and texts as `_save` wrote them; files of earlier versions have no checksum."""
+    """Tensors and texts as `_save` wrote them; files of earlier versions have no checksums."""
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = dict(file.metadata() or {})
-    checksum = about.pop(CHECKSUM, None)
-    if checksum not in (None, str(_checksum(tensors, about))):
+    checksum, _, settings = about.pop(CHECKSUM, "").partition(" ")
+    if checksum not in ("", str(_checksum(tensors, about))):
         raise RunError(f"{path} is damaged: its content does not fit its checksum")
+    if settings not in ("", str(_settings(path.parent))):
+        raise RunError(f"{path} is another run's: its settings are not those in {CONFIG}")
     return tensors, about
+
+
+def _settings(run: Path) -> int:
+    """Checksum of what tells a run from others; its name and its store may change."""
+    skip = ("name", "store", "store_spec", "mean_square")
+    return json_checksum({k: v for k, v in read_json(run / CONFIG).items() if k not in skip})
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,21 @@ def test_a_checkpoint(run: Path, tally: Tally) -> None:
     damages = (d for d in (*flips(path), *cuts(path, every=7)) if d.content is not None)
     tried = check(damages, lambda: resumed(run), RunError)
     tally.add("run: a byte of a checkpoint", tried=tried, survived=tried)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CHECKPOINT])
+def test_files_of_another_run(run: Path, name: str, tmp_path: Path, tally: Tally) -> None:
+    """Of the same shape, so that nothing else tells."""
+    other = shutil.copytree(run, tmp_path / "other")
+    record = read_json(other / CONFIG)
+    changes = ({"seed": 2}, {"lr": 2e-3}, {"epochs": 2}, {"sae": record["sae"] | {"k": 2}})
+    for change in changes:
+        write_json(other / CONFIG, record | change)
+        with pytest.raises(RunError, match=f"{name} is another run's"):
+            (loaded if name == WEIGHTS else resumed)(other)
+    write_json(other / CONFIG, record | {"name": "renamed", "store": "elsewhere.zarr"})
+    assert resumed(other) == resumed(run)
+    tally.add("run: a file of another run", tried=len(changes), survived=len(changes))
 
 
 def begins(found: list[Any], expected: list[Any]) -> bool:
