@@ -97,7 +97,8 @@ class Run:
         self.state = RunState(config.name, "training")
         if world.leads:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / CONFIG, config.to_dict())
+            if not (folder / CONFIG).exists():  # its checkpoint has a checksum of what is in there
+                write_json(folder / CONFIG, config.to_dict())
         self.sae = build_sae(config.sae, config.width, config.seed).to(stream.device).train()
         self.sae.join(world)
         self.optimizer = build_optimizer(self.sae.parameters(), config.lr)

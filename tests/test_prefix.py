@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from routesae_cache.checkpoint import CONFIG, RunConfig, RunError, read_config
+from routesae_cache.checkpoint import CHECKPOINT, CONFIG, RunConfig, RunError, read_config
 from routesae_cache.json_files import read_json, write_json
 from routesae_cache.parallel import World
 from routesae_cache.prefix import extent
@@ -119,6 +119,7 @@ def test_runs_of_before_the_number_was_recorded(
         record = read_json(folder / CONFIG)
         del record["chunks"]
         write_json(folder / CONFIG, record)
+        (folder / CHECKPOINT).unlink()  # which says what its settings were
         assert read_config(folder).chunks == 4
     go(StoreReader(store), out, resume=True)
     assert outcome(out) == outcome(whole)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from routesae_cache.checkpoint import RunConfig, RunError, load_run, read_config
+from routesae_cache.json_files import write_json
 from routesae_cache.prefix import extent
 from routesae_cache.runs import Asked, run_name, run_names
 from routesae_cache.saes.config import SaeConfig
@@ -235,6 +236,22 @@ def test_stopped_between_two_steps(reader: StoreReader, tmp_path: Path) -> None:
     assert starts == [TrainStart(2, parameters, 7, 30, 128, (1, 2, 3), split, split)]
     for a, b in zip(whole.folders, resumed.folders, strict=True):
         assert_same(a, b)
+
+
+def test_settings_written_by_an_earlier_version_stay(reader: StoreReader, tmp_path: Path) -> None:
+    """Other keys than those of today; the checkpoint has a checksum of them."""
+    (folder,) = go(reader, tmp_path, topk()).folders
+    (cut,) = go(reader, tmp_path / "cut", topk(), stopped=lambda: True).folders
+    for path in (cut / "config.json", cut / "checkpoint.safetensors"):
+        path.unlink()
+    settings = read_config(folder).to_dict()
+    del settings["chunks"]
+    write_json(cut / "config.json", settings)
+    written = (cut / "config.json").read_bytes()
+    go(reader, tmp_path / "cut", topk(), resume=True, stopped=lambda: True)
+    go(reader, tmp_path / "cut", topk(), resume=True)
+    assert (cut / "config.json").read_bytes() == written
+    assert_same(folder, cut)
 
 
 def test_what_a_killed_process_left_is_removed(reader: StoreReader, tmp_path: Path) -> None:
