@@ -16,7 +16,7 @@ from typing import Any
 
 from stores.layout import committed_chunks, read_spec, stored_arrays
 from stores.locks import FOLDER
-from tests.faults.processes import finished
+from tests.faults.processes import finished, wait_for_server
 from tests.pipeline_helpers import array_files
 
 Content = dict[str, bytes]
@@ -124,6 +124,7 @@ def experimenting(model: Path, corpus: Path) -> Job:
 def reference(folder: Path, job: Job) -> tuple[Content, float]:
     """What the command makes where nothing happens to it, and the seconds that it takes."""
     job.prepare(folder)
+    wait_for_server()
     seconds = finished(folder, *job.arguments)
     return job.result(folder), seconds
 

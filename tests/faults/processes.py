@@ -100,6 +100,13 @@ def nothing() -> None:
     """What a command does first where nothing is asked for."""
 
 
+def wait_for_server() -> None:
+    """Until it has everything imported, so that what is timed next is a command alone."""
+    process = _CONTEXT.Process(target=nothing)
+    process.start()
+    process.join()
+
+
 def start(
     folder: Path,
     *arguments: object,
