@@ -16,7 +16,7 @@ import transformers
 
 from cli.options import chosen_model
 from cli.pipeline import _Stages
-from routesae_cache import ray_harvest
+from routesae_cache import ray_cluster, ray_harvest
 from routesae_cache.experiment import read_experiment
 from routesae_cache.forecast import model_sizes
 from routesae_cache.harvest_plan import plan_harvest
@@ -212,6 +212,7 @@ def test_what_a_worker_on_ray_is_given(
         yield
 
     monkeypatch.setattr(ray_harvest, "pool", pool)
+    monkeypatch.setattr(ray_cluster, "import_ray", lambda: None)  # it need not be installed
     wanted = config(own.folder, tiny_corpus, tmp_path / "s.zarr", device="cpu")
     plan = plan_harvest(dataclasses.replace(wanted, model=allowed(own)), here=False)
     with pytest.raises(Sent):

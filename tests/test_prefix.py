@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from safetensors.torch import load_file
 
 from routesae_cache.checkpoint import CHECKPOINT, CONFIG, RunConfig, RunError, read_config
 from routesae_cache.json_files import read_json, write_json
@@ -69,7 +70,8 @@ def outcome(runs: Path) -> dict[str, Any]:
     """Weights, and metrics but for their times."""
     found: dict[str, Any] = {}
     for folder in sorted(runs.iterdir()):
-        found[folder.name] = (folder / "sae.safetensors").read_bytes()
+        tensors = load_file(folder / "sae.safetensors")
+        found[folder.name] = {name: value.tolist() for name, value in tensors.items()}
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         found[f"{folder.name} metrics"] = [x | {"seconds": 0, "crc32c": 0} for x in lines]
     return found
