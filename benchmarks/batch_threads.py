@@ -42,9 +42,10 @@ def main() -> None:
     alone = [partial(_decoding, reader, threads) for threads in given.threads]
     interleaved(1, whole)  # the page cache
     speeds = list(zip(*interleaved(given.rounds, [*whole, *alone]), strict=True))
+    ratio = f"÷ {given.threads[0]}"
     show(
         f"Batches of {BATCH_TOKENS} tokens, {len(reader.spec.layers)} layers, {given.codec}, warm",
-        ("threads", "batches: tokens/s", f"÷ {given.threads[0]}", "decoded: tokens/s", "÷"),
+        ("threads", "batches: tokens/s", ratio, "decoded: tokens/s", ratio),
         [
             (str(threads), *_against(read, speeds[0]), *_against(decoded, speeds[len(whole)]))
             for threads, read, decoded in zip(
